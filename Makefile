@@ -1,0 +1,50 @@
+# One environment in .venv, made on first use and again when pyproject.toml changes.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHONS := python3.11 python3.12 python3.10 python3
+# A name on the PATH may be a shim without an interpreter behind it, so each candidate is tried.
+PYTHON ?= $(shell for name in $(PYTHONS); do \
+	if $$name -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
+	then echo $$name; break; fi; done)
+
+.PHONY: help demo test test-all lint format bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '%-16s %s\n' "$$name" "$$text"; done
+
+$(STAMP): pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo 'edgekd needs Python 3.10, 3.11 or 3.12 with venv' >&2; exit 1; fi
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## compress a small image model into runs/demo, without network
+	$(BIN)/edgekd demo --out runs/demo
+
+lint: $(STAMP) ## style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: lint ## lint and the fast tests
+	$(BIN)/python -m pytest
+
+test-all: lint ## lint and every test, with coverage
+	$(BIN)/python -m pytest -m 'not device' --cov --cov-report=term
+
+format: $(STAMP) ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the comparisons the README's figures come from
+	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean: ## remove the environment, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,84 @@
+"""ResNet: the inner channels of each residual block, and the blocks that keep their input's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgekd.families.family import Family
+from edgekd.families.linear import batch_norm, convolution
+
+
+def _stages(model: Any) -> list[Any]:
+    return list(model.base_model.encoder.stages)
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    return [block for stage in _stages(model) for block in stage.layers]
+
+
+def _set_layers(model: Any, keep: list[int]) -> None:
+    kept, first, depths = set(keep), 0, []
+    for stage in _stages(model):
+        blocks = [block for i, block in enumerate(stage.layers, first) if i in kept]
+        first += len(stage.layers)
+        stage.layers = nn.Sequential(*blocks)
+        depths.append(len(blocks))
+    model.config.depths = depths
+
+
+def _droppable(model: Any, index: int) -> bool:
+    firsts = {id(stage.layers[0]) for stage in _stages(model)}
+    layer: Any = _layers(model)[index]
+    return isinstance(layer.shortcut, nn.Identity) and id(layer) not in firsts
+
+
+def _slice_neurons(layer: Any, keep: torch.Tensor) -> None:
+    convolutions = list(layer.layer)
+    for i, block in enumerate(convolutions):
+        last = i == len(convolutions) - 1
+        block.convolution = convolution(
+            block.convolution, out=None if last else keep, into=None if i == 0 else keep
+        )
+        if not last:
+            block.normalization = batch_norm(block.normalization, keep)
+
+
+def _neurons(layer: Any) -> int:
+    return int(layer.layer[0].convolution.out_channels)
+
+
+def _neuron_input(layer: Any) -> nn.Module:
+    module: nn.Module = layer.layer[-1].convolution
+    return module
+
+
+def _embeddings(model: Any) -> nn.Module:
+    module: nn.Module = model.base_model.embedder
+    return module
+
+
+def _no_heads(layer: nn.Module, keep: torch.Tensor, head_dim: int) -> None:
+    if len(keep):
+        raise ValueError("a convolutional layer has no attention heads")
+
+
+RESNET = Family(
+    name="resnet",
+    model_types=("resnet",),
+    layers=_layers,
+    set_layers=_set_layers,
+    droppable=_droppable,
+    heads=lambda layer: 0,
+    neurons=_neurons,
+    slice_heads=_no_heads,
+    slice_neurons=_slice_neurons,
+    head_input=lambda layer: None,
+    neuron_input=_neuron_input,
+    qkv=None,
+    embeddings=_embeddings,
+    hidden=lambda model: int(model.config.hidden_sizes[-1]),
+    head_dim=lambda model: 0,
+)
