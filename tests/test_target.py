@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edgekd import host, target
+from edgekd.cli import main
+from edgekd.errors import TargetError
+from edgekd.target import list_targets, load_target, parse, probe, shipped_targets_dir
+
+WRONG = """\
+title: 3
+thread: 2
+precisions: [fp31]
+fast_precisions: [int8]
+runtime: onnxruntime
+runtime: other
+budget: {latency_p95: 4}
+threads: 0
+reach: shh
+options: {graph_optimisation: all}
+requires: [avx3]
+shapes: [static]
+memory_mb: many
+reduce_range: 1
+providers: CPUExecutionProvider
+sparsity: ["2:5"]
+7: seven
+"""
+RIGHT = "title: A board\nruntime: onnxruntime\ndevice: cpu\nprecisions: [fp32, int8]\nsource: its datasheet\n"
+
+
+@pytest.mark.parametrize("name", list_targets())
+def test_every_shipped_target_is_valid_and_probes(name: str) -> None:
+    found = probe(load_target(name))
+    assert found.name == name
+    assert found.threads
+    assert found.to_probe == ()
+    assert set(found.fast_precisions) <= set(found.precisions)
+    assert found.source
+    json.dumps(found.to_dict())
+
+
+def test_all_mistakes_are_told_at_once_with_their_lines() -> None:
+    with pytest.raises(TargetError) as caught:
+        parse(WRONG, Path("mine.yaml"))
+    message = str(caught.value)
+    for expected in (
+        "line 1: title: expected text, got 3",
+        "line 2: unknown key 'thread' (did you mean 'threads'?)",
+        "line 3: precisions: unknown precision 'fp31' (did you mean 'fp32'?)",
+        "line 6: the key 'runtime' appears twice",
+        "line 7: budget: unknown budget 'latency_p95' (did you mean 'latency_p95_ms'?)",
+        "line 8: threads: expected a whole number of at least 1, got 0",
+        "line 9: reach: unknown way to reach a device 'shh'",
+        "line 10: options: unknown session option 'graph_optimisation' (did you mean 'graph_optimization'?)",
+        "line 11: requires: unknown CPU feature 'avx3' (did you mean 'avx2'?)",
+        "line 12: shapes: unknown kind of shapes",
+        "line 13: memory_mb: expected a whole number",
+        "line 14: reduce_range: expected true or false, got 1",
+        "line 15: providers: expected a list of names",
+        "line 16: sparsity: unknown sparsity pattern '2:5' (did you mean '2:4'?)",
+        "line 17: unknown key '7'",
+        "missing key 'device'",
+        "missing key 'source'",
+    ):
+        assert expected in message
+    assert message.startswith("mine.yaml has 17 mistakes:")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("a: 2024-99-99", "is not valid YAML"),
+        ("- a", "expected `key: value` lines, got list"),
+        ("", "expected `key: value` lines, got NoneType"),
+        (RIGHT + "fast_precisions: [fp16]\n", "line 6: fp16 is fast but not among 'precisions'"),
+        ("runtime: !!python/object:os.system {}", "is not valid YAML"),
+        (RIGHT + "title: probe\n", "appears twice"),
+    ],
+)
+def test_other_broken_files_are_explained(text: str, message: str) -> None:
+    with pytest.raises(TargetError, match=message.replace("[", r"\[")):
+        parse(text, Path("mine.yaml"))
+
+
+def test_a_target_is_found_by_path_then_here_then_among_the_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "local.yaml").write_text(RIGHT)
+    (tmp_path / "targets" / "board.yaml").write_text(RIGHT)
+    assert load_target("local").title == "A board"
+    assert load_target(tmp_path / "targets" / "board.yaml").name == "board"
+    assert {"board", "local", "cpu-x86-vnni"} <= set(list_targets())
+    with pytest.raises(TargetError, match=r"unknown target 'bord' \(did you mean 'board'\?\)"):
+        load_target("bord")
+    with pytest.raises(TargetError, match=r"there is no target file other\.yaml"):
+        load_target("other.yaml")
+
+
+def test_an_installed_package_finds_its_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "__file__", str(tmp_path / "edgekd" / "target.py"))
+    (tmp_path / "edgekd" / "_targets").mkdir(parents=True)
+    assert shipped_targets_dir() == tmp_path / "edgekd" / "_targets"
+    (tmp_path / "edgekd" / "_targets").rmdir()
+    assert shipped_targets_dir() == tmp_path / "targets"
+
+
+@pytest.mark.parametrize(
+    ("features", "fast", "reduce_range"),
+    [
+        ({"avx2", "avx512_vnni"}, ("fp32", "int8"), False),
+        ({"avx2", "avx_vnni"}, ("fp32", "int8"), False),
+        ({"avx2", "avx512f"}, ("fp32",), True),
+        ({"neon", "dotprod"}, ("fp32", "int8"), False),
+        ({"neon"}, ("fp32",), False),
+        (set(), ("fp32",), False),
+    ],
+)
+def test_int8_is_fast_where_there_is_a_dot_product(
+    features: set[str], fast: tuple[str, ...], reduce_range: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "cpu_features", lambda: frozenset(features))
+    found = probe(load_target("local"))
+    assert (found.fast_precisions, found.reduce_range) == (fast, reduce_range)
+
+
+def test_probing_changes_only_what_is_left_open() -> None:
+    fixed = parse(RIGHT + "threads: 3\n", Path("board.yaml"))
+    found = probe(fixed)
+    assert {**vars(found), "features": ()} == {**vars(fixed), "features": ()}
+
+
+def test_the_fingerprint_follows_the_content_not_the_place() -> None:
+    one, two, other = (
+        parse(text, path)
+        for text, path in (
+            (RIGHT, Path("a/b.yaml")),
+            (RIGHT, Path("c/b.yaml")),
+            (RIGHT + "threads: 2\n", Path("a/b.yaml")),
+        )
+    )
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+
+
+def test_targets_are_listed_shown_and_checked(tmp_path: Path) -> None:
+    listed = CliRunner().invoke(main, ["targets", "--json"])
+    assert [row["name"] for row in json.loads(listed.stdout)["targets"]] == list_targets()
+    assert "local" in CliRunner().invoke(main, ["targets"]).stdout
+    shown = json.loads(CliRunner().invoke(main, ["targets", "show", "local", "--json"]).stdout)
+    assert shown["available"] is True
+    assert shown["host"]["cores"] >= 1
+    assert "CPUExecutionProvider" in CliRunner().invoke(main, ["targets", "show", "local"]).stdout
+    (tmp_path / "wrong.yaml").write_text(WRONG)
+    checked = CliRunner().invoke(main, ["targets", "check", str(tmp_path / "wrong.yaml")])
+    assert checked.exit_code == 2
+    assert "has 17 mistakes" in checked.stderr
+    (tmp_path / "right.yaml").write_text(RIGHT)
+    assert CliRunner().invoke(main, ["targets", "check", str(tmp_path / "right.yaml")]).exit_code == 0
+    (tmp_path / "right.yaml").write_text(RIGHT.replace("onnxruntime", "onnx"))
+    assert (
+        "unknown runtime 'onnx'" in CliRunner().invoke(main, ["targets", "check", str(tmp_path / "right.yaml")]).stderr
+    )
