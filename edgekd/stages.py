@@ -1,0 +1,95 @@
+"""The stages a recipe may name, and how the list of them is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from edgekd.distill import Distill
+from edgekd.draft import Draft
+from edgekd.errors import EdgekdError, RecipeError, unknown
+from edgekd.prune import Prune
+from edgekd.quantize import Quantize
+from edgekd.schema import At, Mistake, keys_of, read, show
+from edgekd.search import Search
+
+Stage = Search | Prune | Distill | Quantize
+
+STAGES: dict[str, type[Stage]] = {"search": Search, "prune": Prune, "distill": Distill, "quantize": Quantize}
+"""The stages in the only order in which they may run."""
+
+NOT_YET = {"sparsify": "sparsify is not available in this version of edgekd; remove the stage"}
+
+
+def build_stage(name: str, settings: Mapping[str, Any], source: str = "--set") -> Stage:
+    """Make one stage from plain settings.
+
+    Raises:
+        RecipeError: all mistakes, one a line.
+    """
+    draft = Draft()
+    draft.merge(settings, source)
+    draft.origins.setdefault((), (source, 0))
+    mistakes: list[Mistake] = []
+    stage = _stage(name, draft.value, (), mistakes)
+    if stage is None or mistakes:
+        for mistake in mistakes:
+            draft.report(mistake)
+        raise RecipeError("\n".join(draft.messages()))
+    return stage
+
+
+def read_stages(raw: Any, mistakes: list[Mistake]) -> dict[str, Stage]:
+    """Read the `stages` list into settings by name, in order; what is wrong is added to `mistakes`."""
+    if not isinstance(raw, list) or not raw:
+        mistakes.append(Mistake(("stages",), f"expected a list of `- name: {{settings}}`, got {show(raw)}"))
+        return {}
+    stages: dict[str, Stage] = {}
+    names: list[str] = []
+    for index, item in enumerate(raw):
+        at: At = ("stages", index)
+        if not isinstance(item, Mapping) or len(item) != 1:
+            hint = "; indent the settings under the name" if isinstance(item, Mapping) and item else ""
+            mistakes.append(Mistake(at, f"expected one `- name: {{settings}}`, got {show(item)}{hint}"))
+            continue
+        ((name, settings),) = item.items()
+        if name in names:
+            mistakes.append(Mistake((*at, name), "this stage is already in the list; a stage runs once"))
+            continue
+        names.append(name)
+        stage = _stage(name, {} if settings is None else settings, (*at, name), mistakes)
+        if stage is not None:
+            stages[name] = stage
+    mistakes += _order(names)
+    return stages
+
+
+def _order(names: list[str]) -> Iterator[Mistake]:
+    """What is wrong with the order of the stages, as far as their names are known."""
+    known = [name for name in names if name in STAGES]
+    sorted_names = [name for name in STAGES if name in known]
+    if known != sorted_names:
+        yield Mistake(("stages",), f"expected the order {', '.join(sorted_names)}; got {', '.join(known)}")
+    if "search" in known and "prune" not in known:
+        yield Mistake(("stages",), "search needs prune, which cuts the model to the shape that search chooses")
+
+
+def _stage(name: str, settings: Any, at: At, mistakes: list[Mistake]) -> Stage | None:
+    if name not in STAGES:
+        mistakes.append(Mistake(at[:-1], NOT_YET.get(name) or unknown("stage", name, STAGES), key=name))
+        return None
+    before = len(mistakes)
+    values = read(keys_of(STAGES[name]), settings, at, mistakes)
+    # A stage checks its own settings; one setting at a time tells which of them is wrong.
+    for key in settings if isinstance(settings, Mapping) else ():
+        if key in values:
+            _make(name, {key: values[key]}, (*at, key), mistakes)
+    return _make(name, values, at, mistakes) if len(mistakes) == before else None
+
+
+def _make(name: str, values: Mapping[str, Any], at: At, mistakes: list[Mistake]) -> Stage | None:
+    try:
+        return STAGES[name](**values)
+    except (EdgekdError, ValueError) as error:
+        mistakes.append(Mistake(at, str(error)))
+        return None
