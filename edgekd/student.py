@@ -158,6 +158,7 @@ def require_weights(folder: Path) -> None:
 
 def _build(folder: Path, auto_class: str, section: dict[str, Any]) -> Any:
     import transformers
+    from safetensors import SafetensorError
 
     auto = getattr(transformers, auto_class)
     with quiet_transformers():
@@ -174,7 +175,7 @@ def _build(folder: Path, auto_class: str, section: dict[str, Any]) -> Any:
                     )
                 return model
             return _rebuild(folder, auto, Arch.from_dict(section["arch"]))
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(f"{folder} cannot be loaded as {auto_class}: {error}") from None
 
 

@@ -1,0 +1,79 @@
+"""What the commands of single stages share: `edgekd search|prune|quantize IN --data … --out OUT`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekd.cli.common import budget_options, budget_section, data_options, data_section, finish, output_options, parse_settings, start
+
+
+def stage_command(name: str, short_help: str, text: str) -> click.Command:
+    """Make the command of one stage; its settings are given as `--set key=value` and checked like a recipe's."""
+
+    def run(
+        model: str,
+        teacher: str | None,
+        target: str,
+        overrides: tuple[str, ...],
+        out: Path,
+        lowering: str,
+        seed: int,
+        as_json: bool,
+        quiet: bool,
+        verbose: bool,
+        **settings: Any,
+    ) -> None:
+        progress = start(as_json=as_json, quiet=quiet, verbose=verbose)
+        if settings["data"] is None:
+            raise click.UsageError("give --data: the stage looks at examples")
+        from edgekd.context import Budget
+        from edgekd.data import DataSpec
+        from edgekd.stages import build_stage
+        from edgekd.target import load_target, probe
+
+        stage = build_stage(name, parse_settings(overrides))
+        section = data_section(settings)
+        max_length = section.pop("max_length", None)
+        from edgekd.pipeline.alone import Alone, run_alone
+
+        asked = Alone(
+            model=model,
+            teacher=teacher,
+            data=DataSpec(**section, seed=seed),
+            target=probe(load_target(target)),
+            budget=Budget(**budget_section(settings)),
+            lowering=lowering,
+            max_length=max_length,
+            seed=seed,
+        )
+        result = run_alone(name, stage, asked, out, progress)
+        progress.stop()
+        finish(result, as_json=as_json, text=lambda: click.echo(f"{result['out']}: {result['shape']}"))
+
+    run.__doc__ = text
+    decorated: Callable[..., None] = run
+    for decorator in reversed(
+        (
+            click.argument("model", metavar="IN"),
+            click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the result."),
+            click.option("--teacher", metavar="FOLDER", help="The teacher [default: IN itself]."),
+            click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the stage."),
+            click.option("--target", default="local", show_default=True, help="Device."),
+            budget_options,
+            click.option(
+                "--lowering",
+                default="int8_dynamic_fused",
+                show_default=True,
+                help="Form of the artifact to predict (search only).",
+            ),
+            data_options,
+            click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed."),
+            output_options,
+        )
+    ):
+        decorated = decorator(decorated)
+    return click.command(name, short_help=short_help)(decorated)

@@ -1,0 +1,111 @@
+"""Does the ONNX graph say what the torch model says? Checked on real examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.errors import StageError
+
+if TYPE_CHECKING:
+    from edgekd.tasks import Encoded
+
+Logits = npt.NDArray[np.float32]
+
+TOLERANCE = 1e-3
+"""Largest difference of a float graph's logits, relative to the spread of the torch logits."""
+AGREEMENT = {"fp32": 0.995, "int8": 0.8}
+"""Least share of equal predictions by precision; int8 is held to its accuracy, this only catches a broken graph."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """`max_abs` difference of logits, share of equal predictions, and how many examples were compared."""
+
+    max_abs: float
+    agreement: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """For the manifest."""
+        return {"max_abs": self.max_abs, "agreement": self.agreement, "n": self.n}
+
+
+def onnx_logits(file: Path, encoded: Encoded, *, batch_size: int = 1, threads: int = 0) -> Logits:
+    """Logits `[N, C]` of an ONNX file, by default one example at a time and unpadded, as a device would see them.
+
+    One at a time matters: a dynamically quantized graph shares one activation scale among all rows of a batch.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = {value.name for value in session.get_inputs()}
+    rows = []
+    for indices in _in_order(encoded, batch_size):
+        batch = encoded.collate(indices, int(encoded.lengths[indices].max()) if batch_size == 1 else None)
+        feeds = {name: value.numpy() for name, value in batch.items() if name in names}
+        rows.append(session.run(None, feeds)[0])
+    return np.concatenate(rows)
+
+
+def torch_logits(model: Any, encoded: Encoded, *, batch_size: int = 32) -> Logits:
+    """Logits `[N, C]` of a torch model in `eval()` mode, in float32."""
+    import torch
+
+    model.eval()
+    rows: list[Logits] = [np.zeros(0, np.float32)] * len(encoded)
+    with torch.no_grad():
+        for indices in _by_length(encoded, batch_size):
+            batch = {name: value for name, value in encoded.collate(indices).items() if name != "labels"}
+            for index, row in zip(indices, model(**batch).logits.float().numpy(), strict=True):
+                rows[index] = row
+    return np.stack(rows)
+
+
+def compare(reference: Logits, other: Logits) -> Parity:
+    """Compare logits `[N, C]` of the same examples."""
+    same = reference.argmax(axis=-1) == other.argmax(axis=-1)
+    return Parity(float(np.abs(reference - other).max()), float(same.mean()), len(reference))
+
+
+def require_parity(reference: Logits, other: Logits, precision: str, what: str) -> Parity:
+    """Compare and refuse a graph that does not say what the torch model says.
+
+    Raises:
+        StageError: non-finite logits, a float graph beyond `TOLERANCE`, or too few equal predictions.
+    """
+    if not np.isfinite(other).all():
+        raise StageError(f"{what} gives logits that are not finite")
+    parity = compare(reference, other)
+    spread = max(float(reference.max() - reference.min()), 1.0)
+    if precision == "fp32" and parity.max_abs > TOLERANCE * spread:
+        raise StageError(
+            f"{what} differs from the torch model by {parity.max_abs:.2e} on {parity.n} examples "
+            f"(tolerance {TOLERANCE * spread:.2e})"
+        )
+    if parity.agreement < AGREEMENT[precision]:
+        raise StageError(
+            f"{what} agrees with the torch model on only {parity.agreement:.1%} of {parity.n} examples "
+            f"(at least {AGREEMENT[precision]:.1%} are needed)"
+        )
+    return parity
+
+
+def _in_order(encoded: Encoded, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
+    everything = np.arange(len(encoded), dtype=np.int64)
+    for start in range(0, len(everything), batch_size):
+        yield everything[start : start + batch_size]
+
+
+def _by_length(encoded: Encoded, batch_size: int) -> Iterator[npt.NDArray[np.int64]]:
+    order = np.argsort(encoded.lengths, kind="stable").astype(np.int64)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,83 @@
+"""One stage by itself: a model folder in, a model folder out."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekd.context import Budget, Context, Progress
+from edgekd.data import DataSpec
+from edgekd.errors import StoreError
+from edgekd.files import publish, write_json
+from edgekd.pipeline.artifact import build
+from edgekd.pipeline.setup import Setup, prepare
+from edgekd.pipeline.stages import check_promises, plain
+from edgekd.stages import Stage
+from edgekd.student import load_student
+from edgekd.target import Target
+
+RECORD = "edgekd-stage.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alone:
+    """A stage's surroundings when it runs without a pipeline. `teacher` None: the model itself is the teacher."""
+
+    model: str
+    teacher: str | None
+    data: DataSpec
+    target: Target
+    budget: Budget
+    lowering: str = "fp32_fused"
+    max_length: int | None = None
+    seed: int = 0
+
+
+def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: Progress) -> dict[str, Any]:
+    """Run one stage and publish the student folder atomically; returns what the stage noted.
+
+    Raises:
+        StoreError: `out` exists and is not the output of such a command.
+        EdgekdError: as the stage raises it.
+    """
+    final = Path(out)
+    if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or (final / RECORD).is_file())):
+        raise StoreError(f"will not replace {final}: it was not made by an edgekd stage; choose another --out")
+    setup = prepare(asked.teacher or asked.model, asked.data, max_length=asked.max_length, progress=progress)
+    student = load_student(asked.model, auto_class=setup.task.auto_class)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = final.parent / f".{final.name}.work"
+    work.mkdir(exist_ok=True)
+    context = _context(setup, asked, work, progress, needs_graph=name == "search")
+    result = stage.run(student, context)
+    draft = Path(tempfile.mkdtemp(prefix=f".{final.name}.draft-", dir=final.parent))
+    result.save(draft)
+    check_promises(result, draft, setup)
+    record = {"stage": name, "shape": result.arch.describe(), "details": plain(context.notes)}
+    write_json(draft / RECORD, record)
+    publish(draft, final, marker=RECORD)
+    shutil.rmtree(work)
+    return {"out": str(final), **record}
+
+
+def _context(setup: Setup, asked: Alone, work: Path, progress: Progress, *, needs_graph: bool) -> Context:
+    graph = build(setup.teacher, setup.task, setup.validation, work / "teacher").file if needs_graph else None
+    return Context(
+        teacher=setup.teacher,
+        task=setup.task,
+        processor=setup.processor,
+        train=setup.train,
+        validation=setup.validation,
+        test=None,
+        target=asked.target,
+        budget=asked.budget,
+        work=work,
+        cache=work / "cache",
+        progress=progress,
+        teacher_graph=graph,
+        lowering=asked.lowering,
+        seed=asked.seed,
+    )

@@ -1,0 +1,222 @@
+"""`compress`: from a recipe to a run folder with a bundle per target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekd.context import Progress, Silent
+from edgekd.errors import BudgetError, EdgekdError, StoreError
+from edgekd.export.bundle import MANIFEST, read_manifest
+from edgekd.files import sha256_json, write_text
+from edgekd.latency.verdict import FAIL, PASS, Verdict
+from edgekd.pipeline.baseline import Baseline, baseline
+from edgekd.pipeline.finish import Judged, exit_code, final_artifact, judged, write_bundle
+from edgekd.pipeline.setup import Setup, prepare
+from edgekd.pipeline.stages import FORMAT, Track, travel
+from edgekd.recipe import Recipe
+from edgekd.report.html import write_report
+from edgekd.store import RunFolder, publish
+from edgekd.target import Target, load_target, probe
+
+HEADROOM = 0.98
+"""After a miss the budget is tightened by the measured error and this much more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run came to: its folder, one bundle manifest per target, and the exit code they amount to."""
+
+    folder: Path
+    bundles: Mapping[str, Path]
+    manifests: Mapping[str, Mapping[str, Any]]
+    verdicts: tuple[Verdict, ...]
+    exit_code: int
+
+    @property
+    def latency(self) -> list[Any]:
+        """The manifests' latency objects, all targets."""
+        return [entry for manifest in self.manifests.values() for entry in manifest["latency"]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `compress --json` prints."""
+        keep = ("task", "teacher", "artifact", "quality")
+        return {
+            "run": str(self.folder),
+            "bundles": {name: str(path) for name, path in self.bundles.items()},
+            "results": {name: {key: m[key] for key in keep} for name, m in self.manifests.items()},
+            "latency": self.latency,
+            "verdict": [verdict.to_dict() for verdict in self.verdicts],
+            "exit_code": self.exit_code,
+        }
+
+
+def compress(recipe: Recipe, out: str | Path, *, fresh: bool = False, progress: Progress | None = None) -> Result:
+    """Run a recipe in a run folder; what an earlier, perhaps killed, run of the same recipe finished is taken up.
+
+    Raises:
+        EdgekdError: as the stages, the data and the store raise them; nothing half-written counts as finished.
+    """
+    progress = progress or Silent()
+    targets = [probe(load_target(name)) for name in recipe.targets]
+    run = RunFolder(out)
+    with run.lock():
+        if fresh:
+            run.fresh()
+        setup = prepare(
+            recipe.teacher,
+            recipe.data.spec(recipe.seed),
+            task=recipe.task,
+            max_length=recipe.data.max_length,
+            progress=progress,
+        )
+        key = _run_key(recipe, setup, targets)
+        if (done := _finished(run, key, progress)) is not None:
+            return done
+        write_text(run.path / "recipe.yaml", recipe.to_yaml())
+        base = baseline(run, setup, progress)
+        results = [_one_target(run, recipe, setup, base, target, progress) for target in targets]
+        return _finish(run, recipe, key, results, base)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    target: Target
+    bundle: Path | None
+    manifest: Mapping[str, Any] | None
+    judgement: Judged | None
+    verdict: Verdict
+
+
+def _one_target(
+    run: RunFolder, recipe: Recipe, setup: Setup, base: Baseline, target: Target, progress: Progress
+) -> _Outcome:
+    suffix = f"-{target.name}" if len(recipe.targets) > 1 else ""
+    strictness, rounds = 1.0, []
+    for number in range(1, recipe.max_rounds + 1):
+        track = Track(
+            run=run,
+            setup=setup,
+            target=target,
+            budget=recipe.budget,
+            seed=recipe.seed,
+            teacher_graph=base.graph,
+            suffix=suffix if number == 1 else f"{suffix}-round{number}",
+            progress=progress,
+        )
+        try:
+            travelled = travel(track, recipe.stages, strictness=strictness)
+        except BudgetError as error:
+            return _Outcome(target, None, None, None, Verdict(target.name, FAIL, str(error)))
+        progress.say("export and measure the artifact")
+        work = run.begin(run.stage(len(recipe.stages) + 1, "bundle" + track.suffix, travelled.key))
+        artifact = final_artifact(travelled.student, setup, target, recipe.budget, work)
+        judgement = judged(artifact, setup, base, target, recipe.budget)
+        verdict = judgement.verdict
+        progress.say(f"{target.name}: {verdict.status}: {verdict.reason}")
+        rounds.append({"round": number, "strictness": strictness, **verdict.to_dict()})
+        overshoot = _overshoot(judgement, recipe)
+        if verdict.status == PASS or "search" not in recipe.stages or overshoot is None or number == recipe.max_rounds:
+            break
+        strictness *= HEADROOM / max(overshoot, 1.0)
+        progress.say(f"round {number + 1}: the budget is tightened to {strictness:.1%} inside")
+    draft = work / "bundle"
+    manifest = write_bundle(
+        draft,
+        judgement,
+        travelled.student,
+        setup,
+        base,
+        ledger=travelled.ledger,
+        rounds=rounds,
+        recipe_hash=recipe.fingerprint(),
+        seed=recipe.seed,
+        budget=recipe.budget,
+    )
+    final = run.path / f"bundle{suffix}"
+    publish(draft, final, marker=MANIFEST)
+    return _Outcome(target, final, manifest, judgement, verdict)
+
+
+def _overshoot(judgement: Judged, recipe: Recipe) -> float | None:
+    """Measured over asked latency; None where the budget asks for none (another round could not help)."""
+    measurement, budget = judgement.measurement, recipe.budget
+    if budget.speedup is not None and measurement.speedup:
+        return budget.speedup / measurement.speedup
+    if budget.latency_p95_ms is not None and measurement.p95_ms:
+        return measurement.p95_ms / budget.latency_p95_ms
+    return None
+
+
+def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome], base: Baseline) -> Result:
+    verdicts = tuple(outcome.verdict for outcome in outcomes)
+    reached = [outcome.judgement for outcome in outcomes if outcome.judgement is not None]
+    code = 3 if len(reached) < len(outcomes) else exit_code(reached)
+    bundles = {o.target.name: o.bundle for o in outcomes if o.bundle is not None}
+    result = Result(
+        folder=run.path,
+        bundles=bundles,
+        manifests={o.target.name: o.manifest for o in outcomes if o.manifest is not None},
+        verdicts=verdicts,
+        exit_code=code,
+    )
+    write_report(run.path / "report.html", result.manifests, [v.to_dict() for v in verdicts], recipe.to_yaml())
+    run.finish(
+        {
+            "schema": 1,
+            "key": key,
+            "recipe": recipe.fingerprint(),
+            "bundles": {name: path.name for name, path in bundles.items()},
+            "verdict": [verdict.to_dict() for verdict in verdicts],
+            "exit_code": code,
+        }
+    )
+    return result
+
+
+def _run_key(recipe: Recipe, setup: Setup, targets: list[Target]) -> str:
+    return sha256_json([FORMAT, recipe.fingerprint(), dict(setup.key), [target.fingerprint for target in targets]])
+
+
+def report_again(folder: str | Path) -> Result:
+    """Read a finished run and write its report anew.
+
+    Raises:
+        StoreError: the run is not finished, or its bundles are damaged.
+    """
+    run = Path(folder)
+    try:
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
+        result = _read_result(run, manifest)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise StoreError(f"{run} is not a finished run; finish it with `edgekd compress … --out {run}`") from None
+    write_report(run / "report.html", result.manifests, [v.to_dict() for v in result.verdicts], recipe)
+    return result
+
+
+def _finished(run: RunFolder, key: str, progress: Progress) -> Result | None:
+    """The result of this very run if it was finished before and its bundles are whole."""
+    try:
+        manifest = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["key"] != key or not manifest["bundles"]:
+            return None
+        result = _read_result(run.path, manifest)
+    except (OSError, ValueError, KeyError, TypeError, EdgekdError):
+        return None
+    progress.say(f"{run.path} is finished; nothing to do (--fresh runs it again)")
+    return result
+
+
+def _read_result(run: Path, manifest: Mapping[str, Any]) -> Result:
+    bundles = {name: run / folder for name, folder in manifest["bundles"].items()}
+    return Result(
+        folder=run,
+        bundles=bundles,
+        manifests={name: read_manifest(path) for name, path in bundles.items()},
+        verdicts=tuple(Verdict(**verdict) for verdict in manifest["verdict"]),
+        exit_code=int(manifest["exit_code"]),
+    )

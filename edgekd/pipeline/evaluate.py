@@ -1,0 +1,32 @@
+"""Metric of a bundle's artifact on data the user brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgekd.data import DataSpec, load_evaluation
+from edgekd.export.bundle import read_manifest
+from edgekd.pipeline.artifact import score
+from edgekd.student import read_config
+from edgekd.tasks import get_task
+
+
+def evaluate(bundle: str | Path, spec: DataSpec, *, max_length: int | None = None) -> dict[str, Any]:
+    """Run the bundle's ONNX file over the test split (else validation, else all there is), one example at a time.
+
+    Returns:
+        `metric`, `split`, `value`, `ci95` (Wilson) and `n`.
+
+    Raises:
+        ModelError: not a bundle, or one whose files were changed.
+        DataError: the data cannot be used or has no labels.
+    """
+    folder = Path(bundle)
+    manifest = read_manifest(folder)
+    task = get_task(manifest["task"])
+    names = {int(index): str(name) for index, name in read_config(folder)["id2label"].items()}
+    split, examples = load_evaluation(spec, kind=task.kind, id2label=names)
+    encoded = task.encode(task.load_processor(folder), examples, max_length)
+    file = folder / manifest["artifact"]["file"]
+    return {"bundle": str(folder), "split": split, **score(file, task, encoded)}

@@ -1,0 +1,98 @@
+"""Load what a run starts from: teacher, task, processor and encoded data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.context import Progress
+from edgekd.data import DataSpec, Examples, load_splits
+from edgekd.errors import DataError
+from edgekd.export.parity import torch_logits
+from edgekd.files import sha256_folder
+from edgekd.student import Student, load_student, local_folder, read_config
+from edgekd.tasks import Encoded, Processor, Task, get_task, infer_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything that does not depend on target or stage.
+
+    `key` is a hash over the teacher's files and the data, the root of all stage keys. `metric` is the task's metric,
+    or `agreement` (with the teacher) where the data has no labels to report on.
+    """
+
+    teacher: Student
+    task: Task
+    processor: Processor
+    train: Encoded
+    validation: Encoded
+    test: Encoded | None
+    metric: str
+    notes: tuple[str, ...]
+    key: Mapping[str, str]
+
+    @property
+    def reported(self) -> tuple[str, Encoded]:
+        """The split that results are reported on: test, or validation where there is none."""
+        return ("test", self.test) if self.test is not None else ("validation", self.validation)
+
+
+def prepare(
+    teacher: str | Path, spec: DataSpec, *, task: str | None = None, max_length: int | None = None, progress: Progress
+) -> Setup:
+    """Load and check teacher and data, and encode every split once.
+
+    Raises:
+        ModelError: the teacher cannot be used.
+        DataError: the data cannot be used.
+    """
+    folder = local_folder(str(teacher))
+    config = read_config(folder)
+    chosen = get_task(task or infer_task(config))
+    model = load_student(folder, auto_class=chosen.auto_class)
+    splits = load_splits(spec, kind=chosen.kind, id2label=id2label(model.model.config))
+    for note in splits.notes:
+        progress.say(f"data: {note}")
+    if not len(splits.train):
+        raise DataError(f"{spec.path}: the training split is empty")
+    processor = chosen.load_processor(folder)
+
+    def encode(examples: Examples) -> Encoded:
+        return chosen.encode(processor, examples, max_length)
+
+    test = encode(splits.test) if splits.test is not None and len(splits.test) else None
+    validation, agreed = with_teacher_labels(encode(splits.validation), model.model)
+    test_agreed = False
+    if test is not None:
+        test, test_agreed = with_teacher_labels(test, model.model)
+    reported = test_agreed if test is not None else agreed
+    return Setup(
+        teacher=model,
+        task=chosen,
+        processor=processor,
+        train=encode(splits.train),
+        validation=validation,
+        test=test,
+        metric="agreement" if reported else chosen.metric,
+        notes=splits.notes,
+        key={"teacher": sha256_folder(folder), "data": splits.fingerprint, "max_length": str(max_length)},
+    )
+
+
+def id2label(config: Any) -> dict[int, str]:
+    """Class names by number, as transformers configs hold them."""
+    return {int(index): str(name) for index, name in config.id2label.items()}
+
+
+def with_teacher_labels(encoded: Encoded, teacher: Any) -> tuple[Encoded, bool]:
+    """The same examples, labelled by the teacher if none has a label; whether that was so."""
+    if encoded.labels is not None and bool((encoded.labels >= 0).any()):
+        return encoded, False
+    labels = torch_logits(teacher, encoded).argmax(axis=-1).astype(np.int64)
+    return dataclasses.replace(encoded, labels=labels), True  # type: ignore[type-var]

@@ -1,0 +1,1 @@
+"""What a run tells people: terminal table, HTML report, model card."""

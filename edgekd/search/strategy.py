@@ -1,0 +1,275 @@
+"""Find the shape: predict, score, build the winner, measure it, correct the prediction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd.arch import Arch
+from edgekd.errors import BudgetError, RecipeError, StageError
+from edgekd.export.onnx import OPSET
+from edgekd.files import sha256_json, write_json
+from edgekd.latency.bench import Settings, Subject, measure
+from edgekd.latency.stats import Samples
+from edgekd.latency.table import Conditions, LatencyTable, fit
+from edgekd.search.points import build_graph, convolution_points, encoder_points
+from edgekd.search.score import Scorer
+from edgekd.search.space import Steps, depth_chain, importance_widths, uniform_widths, with_layers
+from edgekd.surgery import Importance, measure_importance
+from edgekd.surgery.sample import sample_batches
+
+if TYPE_CHECKING:
+    from edgekd.context import Context
+    from edgekd.search import Search
+    from edgekd.student import Student
+
+CLOSE = 0.90
+"""A measured shape that uses at least this share of the budget is not worth enlarging."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What was measured before the search: the table, the teacher's median, and p95 over p50 of small models."""
+
+    table: LatencyTable
+    teacher_ms: float
+    tail: float
+
+
+def choose(settings: Search, student: Student, ctx: Context) -> Student:
+    """See `Search`.
+
+    Raises:
+        BudgetError: even the smallest shape misses the budget; the message has the nearest point.
+    """
+    if not ctx.budget.asks_latency:
+        ctx.notes["reason"] = "the budget does not limit the latency; the full shape is kept"
+        return replace(student, plan=student.arch)
+    importance = measure_importance(student, sample_batches(ctx.train, settings.samples, seed=ctx.seed))
+    reference = measure_reference(settings, student, importance, ctx)
+    hunt = _Hunt(settings, student, importance, reference, ctx)
+    plan = hunt.run()
+    ctx.notes.update(
+        shape=plan.describe(),
+        predicted_ms=reference.table.predict(plan),
+        teacher_ms=reference.teacher_ms,
+        table_error=dict(reference.table.error),
+        checks=hunt.checks,
+        candidates=hunt.candidates,
+    )
+    return replace(student, plan=plan)
+
+
+def measure_reference(settings: Search, student: Student, importance: Importance, ctx: Context) -> Reference:
+    """Measure small models of the family beside the teacher, or take what an earlier round or `table` measured."""
+    key = sha256_json(
+        {
+            "arch": student.arch.to_dict(),
+            "target": ctx.target.fingerprint,
+            "shape": [ctx.budget.batch, ctx.budget.sequence, ctx.budget.threads],
+            "lowering": ctx.lowering,
+            "opset": OPSET,
+        }
+    )
+    file = Path(settings.table) if settings.table else ctx.cache / f"latency-{key[:16]}.json"
+    if file.is_file():
+        return _read_reference(file)
+    if settings.table:
+        raise RecipeError(f"there is no latency table at {settings.table!r}; leave `table` out to measure one")
+    points = _points(student)
+    reference = _measure_points(points, student, importance, ctx)
+    ctx.cache.mkdir(parents=True, exist_ok=True)
+    write_json(
+        file,
+        {"table": reference.table.to_dict(), "teacher_ms": reference.teacher_ms, "tail": reference.tail},
+    )
+    return reference
+
+
+def _points(student: Student) -> list[Arch]:
+    if student.arch.layers[0].heads:
+        return encoder_points(student.arch)
+    return convolution_points(student.arch, _droppable(student))
+
+
+def _measure_points(points: list[Arch], student: Student, importance: Importance, ctx: Context) -> Reference:
+    if ctx.teacher_graph is None:
+        raise StageError("search needs the teacher's ONNX graph to compare with")
+    ctx.progress.start("latency table: build models", len(points))
+    subjects = [Subject(name="teacher", path=ctx.teacher_graph)]
+    for i, arch in enumerate(points):
+        subjects.append(Subject(name=str(i), path=build_graph(student, arch, importance, ctx, ctx.work / f"p{i}.onnx")))
+        ctx.progress.advance()
+    ctx.progress.stop()
+    samples = _measure(subjects, ctx, blocks=40)
+    medians = [float(np.median(s.ms)) for s in samples]
+    tails = [float(np.percentile(s.ms, 95) / np.median(s.ms)) for s in samples[1:]]
+    conditions = Conditions(
+        target=ctx.target.name,
+        batch=ctx.budget.batch,
+        sequence=samples[0].sequence,
+        threads=samples[0].threads,
+        precision=ctx.lowering,
+    )
+    by_source = not student.arch.layers[0].heads
+    table = fit(list(zip(points, medians[1:], strict=True)), conditions=conditions, by_source=by_source)
+    for subject in subjects[1:]:
+        subject.path.unlink()
+    return Reference(table, medians[0], float(np.median(tails)))
+
+
+def _read_reference(file: Path) -> Reference:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return Reference(LatencyTable.from_dict(data["table"]), float(data["teacher_ms"]), float(data["tail"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{file} is not a latency table of the search stage: {error}") from None
+
+
+def _measure(subjects: Sequence[Subject], ctx: Context, blocks: int) -> list[Samples]:
+    budget = ctx.budget
+    return measure(
+        subjects,
+        target=ctx.target,
+        batch=budget.batch,
+        sequence=budget.sequence,
+        threads=budget.threads,
+        settings=Settings(blocks=blocks, seed=ctx.seed),
+    )
+
+
+def _droppable(student: Student) -> list[bool]:
+    family, model = student.family, student.model
+    return [family.droppable(model, i) for i in range(len(student.arch.layers))]
+
+
+class _Hunt:
+    """One search: candidates under a limit, scored; the best is built and measured, and the limit corrected."""
+
+    def __init__(
+        self, settings: Search, student: Student, importance: Importance, reference: Reference, ctx: Context
+    ) -> None:
+        self.settings, self.student, self.importance, self.ctx = settings, student, importance, ctx
+        self.reference = reference
+        self.predict = reference.table.predict
+        self.score = Scorer(student, importance, ctx, settings.samples)
+        self.steps = Steps(settings.head_step, settings.neuron_step)
+        self.aim = (1 - settings.margin) * ctx.strictness
+        self.checks: list[dict[str, Any]] = []
+        self.candidates: list[dict[str, Any]] = []
+
+    def run(self) -> Arch:
+        """Alternate between choosing and measuring until the measured latency is just under the budget."""
+        limit = self.first_limit() * self.aim
+        chain = self.chain(limit)
+        measured: list[tuple[float, Arch]] = []
+        plan = self.best(chain, limit)
+        for _ in range(self.settings.checks):
+            used = self.used(plan)
+            measured.append((used, plan))
+            self.checks.append({"shape": plan.describe(), "limit_ms": limit, "used": used})
+            self.ctx.progress.say(f"search: {plan.describe()} uses {used:.0%} of the budget as measured")
+            enough = used >= CLOSE * self.aim or plan == self.student.arch
+            if used <= (1 + self.aim) / 2 * self.ctx.strictness and enough:
+                return plan
+            limit *= self.aim / used
+            plan = self.best(chain, limit)
+            if any(plan == known for _, known in measured):
+                break
+        return self.settle(measured, plan)
+
+    def settle(self, measured: list[tuple[float, Arch]], plan: Arch) -> Arch:
+        """The largest measured shape within the budget; if none is, the last plan, or an error if it is the least."""
+        if not measured:
+            return plan
+        within = [pair for pair in measured if pair[0] <= self.ctx.strictness]
+        if within:
+            return max(within, key=lambda pair: pair[0])[1]
+        used, nearest = min(measured, key=lambda pair: pair[0])
+        if nearest == self.smallest():
+            raise BudgetError(self.out_of_reach(used, nearest))
+        return nearest
+
+    def first_limit(self) -> float:
+        """The median in table milliseconds that would use up the budget."""
+        budget, reference = self.ctx.budget, self.reference
+        limits = []
+        if budget.speedup is not None:
+            limits.append(reference.teacher_ms / budget.speedup)
+        if budget.latency_p95_ms is not None:
+            limits.append(budget.latency_p95_ms / reference.tail)
+        return min(limits)
+
+    def chain(self, limit: float) -> list[tuple[int, ...]]:
+        """Layer subsets by depth; shallower than what fits at full width is of no use."""
+        arch = self.student.arch
+        fewest = len(arch.layers)
+        while fewest > self.settings.min_layers and self.predict(with_layers(arch, range(fewest))) > limit * 0.6:
+            fewest -= 1
+        self.ctx.progress.say(f"search: which layers to keep (down to {fewest} of {len(arch.layers)})")
+        return depth_chain(arch, _droppable(self.student), self.score, fewest=fewest)
+
+    def best(self, chain: list[tuple[int, ...]], limit: float) -> Arch:
+        """The candidate under the limit with the lowest divergence; the smallest shape if none fits."""
+        shapes: list[Arch] = []
+        for kept in chain:
+            arch = self.student.arch
+            for shape in (
+                uniform_widths(arch, kept, limit, self.predict, self.steps),
+                importance_widths(arch, kept, limit, self.predict, self.steps, self.importance),
+            ):
+                if shape is not None and shape not in shapes:
+                    shapes.append(shape)
+        if not shapes:
+            return self.smallest()
+        scored = sorted(((self.score(shape), shape) for shape in shapes), key=lambda pair: pair[0])
+        self.candidates = [
+            {"shape": shape.describe(), "divergence": score, "predicted_ms": self.predict(shape)}
+            for score, shape in scored
+        ]
+        return scored[0][1]
+
+    def smallest(self) -> Arch:
+        """As few layers as allowed, one head and one step of neurons each."""
+        arch, droppable = self.student.arch, _droppable(self.student)
+        fixed = [i for i in range(len(arch.layers)) if not droppable[i]]
+        spare = [i for i in range(len(arch.layers)) if droppable[i]]
+        kept = sorted(fixed + spare[: max(self.settings.min_layers - len(fixed), 0)])
+        layers = tuple(
+            replace(layer, heads=min(layer.heads, 1), neurons=min(layer.neurons, self.settings.neuron_step))
+            for layer in with_layers(arch, kept).layers
+        )
+        return replace(arch, layers=layers)
+
+    def used(self, plan: Arch) -> float:
+        """Measured share of the budget: 1 is just met. The teacher is measured in the same run."""
+        budget, graph = self.ctx.budget, self.ctx.teacher_graph
+        if graph is None:
+            raise StageError("search needs the teacher's ONNX graph to compare with")
+        file = build_graph(self.student, plan, self.importance, self.ctx, self.ctx.work / "check.onnx")
+        pair = [Subject(name="teacher", path=graph), Subject(name="student", path=file)]
+        teacher, sample = _measure(pair, self.ctx, blocks=80)
+        shares = []
+        if budget.speedup is not None:
+            shares.append(budget.speedup * float(np.median(sample.ms)) / float(np.median(teacher.ms)))
+        if budget.latency_p95_ms is not None:
+            shares.append(float(np.percentile(sample.ms, 95)) / budget.latency_p95_ms)
+        return max(shares)
+
+    def out_of_reach(self, used: float, plan: Arch) -> str:
+        """Say what was asked, and how near the smallest shape comes."""
+        budget = self.ctx.budget
+        if budget.latency_p95_ms is not None:
+            asked = f"p95 of {budget.latency_p95_ms:g} ms"
+            near = f"{used * budget.latency_p95_ms:.3g} ms"
+        else:
+            asked, near = f"speedup of {budget.speedup:g}", f"{(budget.speedup or 0) / used:.3g}×"
+        return (
+            f"the budget ({asked} at batch {budget.batch}, sequence {budget.sequence}) is out of reach on "
+            f"{self.ctx.target.name}: the nearest point is {near}, with the smallest student ({plan.describe()})"
+        )
