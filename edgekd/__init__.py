@@ -1,11 +1,11 @@
 """Compress Hugging Face models for edge devices: search, prune, distill, quantize, export, profile.
 
-    import edgekd
+import edgekd
 
-    run = edgekd.compress("teacher/", data="data/", target="local", speedup=4, out="runs/mine")
-    edgekd.profile("runs/mine/bundle", target="local")
-    edgekd.evaluate("runs/mine/bundle", data="data/")
-    student = edgekd.load("runs/mine/03-distill")
+run = edgekd.compress("teacher/", data="data/", target="local", speedup=4, out="runs/mine")
+edgekd.profile("runs/mine/bundle", target="local")
+edgekd.evaluate("runs/mine/bundle", data="data/")
+student = edgekd.load("runs/mine/03-distill")
 """
 
 from __future__ import annotations

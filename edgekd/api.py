@@ -74,7 +74,9 @@ def profile(model: str | Path, **settings: Any) -> ProfileResult:
     return run(model, **settings)
 
 
-def evaluate(bundle: str | Path, data: str | Path | Mapping[str, Any], *, max_length: int | None = None) -> dict[str, Any]:
+def evaluate(
+    bundle: str | Path, data: str | Path | Mapping[str, Any], *, max_length: int | None = None
+) -> dict[str, Any]:
     """Metric of a bundle's ONNX artifact with its 95 % interval.
 
     Raises:

@@ -113,11 +113,12 @@ def local_folder(source: str) -> Path:
     if path.is_file() or path.is_absolute() or source.startswith(".") or source.count("/") > 1:
         raise ModelError(f"no model folder at {source!r}; give a folder with config.json and model.safetensors")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ModelError(
             f"{source!r} is not a local folder, and the hub did not give it ({type(error).__name__}); "
             "check the spelling or download it first"

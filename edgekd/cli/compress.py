@@ -13,7 +13,9 @@ from edgekd.cli.common import budget_options, budget_section, data_options, data
 @click.command(short_help="Teacher, data, device and budget in; deployable ONNX bundle out.")
 @click.argument("teacher", required=False)
 @click.option("--recipe", metavar="FILE", help="A recipe file or preset instead of the options below.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key, e.g. stages.distill.epochs=3.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key, e.g. stages.distill.epochs=3."
+)
 @click.option("--target", "targets", multiple=True, metavar="NAME", help="Device(s) to build for [default: local].")
 @click.option("--preset", metavar="NAME", help="balanced (default), fast or accurate.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
@@ -39,7 +41,7 @@ def command(
     verbose: bool,
     **settings: Any,
 ) -> None:
-    r"""Compress TEACHER (a Hugging Face folder or hub id) for a device, under a latency budget.
+    """Compress TEACHER (a Hugging Face folder or hub id) for a device, under a latency budget.
 
     In: teacher, data, target, budget. Out: OUT/bundle (ONNX, config, tokenizer, model card, edgekd.json),
     OUT/report.html and one folder per stage.

@@ -24,7 +24,7 @@ RECIPE = {
 @click.option("--out", type=click.Path(path_type=Path), default="runs/demo", show_default=True, help="Folder.")
 @output_options
 def command(out: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
-    r"""Train a small vision transformer on scikit-learn's digits, then compress it for this machine.
+    """Train a small vision transformer on scikit-learn's digits, then compress it for this machine.
 
     In: nothing; no network is used. Out: OUT/teacher and OUT/run with the bundle and the report, in minutes.
 

@@ -15,7 +15,7 @@ from edgekd.cli.common import data_options, data_section, finish, output_options
 @data_options
 @output_options
 def command(bundle: Path, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
-    r"""Score the ONNX artifact of BUNDLE on labelled data, with a 95 % interval.
+    """Score the ONNX artifact of BUNDLE on labelled data, with a 95 % interval.
 
     In: a bundle, data (its test split, else validation, else all rows). Out: the metric.
 
@@ -33,5 +33,6 @@ def command(bundle: Path, as_json: bool, quiet: bool, verbose: bool, **settings:
 
     result = evaluate(bundle, DataSpec(**section), max_length=max_length)
     low, high = result["ci95"]
-    line = f"{result['metric']} {result['value']:.4f} (95 % interval {low:.4f}–{high:.4f}, n={result['n']}, {result['split']})"
+    where = f"95 % interval {low:.4f}–{high:.4f}, n={result['n']}, {result['split']}"
+    line = f"{result['metric']} {result['value']:.4f} ({where})"
     finish(result, as_json=as_json, text=lambda: click.echo(line))

@@ -31,7 +31,7 @@ def command(
     verbose: bool,
     **settings: Any,
 ) -> None:
-    r"""Write STUDENT (a model folder, plain or made by a stage) as an ONNX bundle, checked against torch.
+    """Write STUDENT (a model folder, plain or made by a stage) as an ONNX bundle, checked against torch.
 
     In: a model folder; with --data also the metric. Out: a bundle folder.
 

@@ -72,7 +72,7 @@ seed: 0
 def command(
     path: Path, preset: str, teacher: str, data: str, force: bool, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
-    r"""Write a commented recipe to PATH (default recipe.yaml), ready to be filled in.
+    """Write a commented recipe to PATH (default recipe.yaml), ready to be filled in.
 
     In: nothing. Out: a YAML file that `edgekd compress --recipe PATH` runs.
 

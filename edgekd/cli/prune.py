@@ -5,7 +5,7 @@ from edgekd.cli.stage import stage_command
 command = stage_command(
     "prune",
     "Stage: cut the model to the chosen shape.",
-    r"""Cut IN to its plan, or to the layers, heads and neurons given with --set.
+    """Cut IN to its plan, or to the layers, heads and neurons given with --set.
 
     In: a model folder. Out: a physically smaller model folder, for `edgekd distill`.
 

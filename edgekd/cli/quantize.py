@@ -5,7 +5,7 @@ from edgekd.cli.stage import stage_command
 command = stage_command(
     "quantize",
     "Stage: post-training int8.",
-    r"""Find the int8 form of IN that is fastest on the target and keeps the metric.
+    """Find the int8 form of IN that is fastest on the target and keeps the metric.
 
     In: a model folder. Out: the same with its quantization in config.json, for `edgekd export`.
 

@@ -13,7 +13,7 @@ from edgekd.cli.common import finish, output_options, start
 @click.argument("run", type=click.Path(path_type=Path))
 @output_options
 def command(run: Path, as_json: bool, quiet: bool, verbose: bool) -> None:
-    r"""Show the result of RUN and write RUN/report.html again.
+    """Show the result of RUN and write RUN/report.html again.
 
     In: the folder of a finished run. Out: table and HTML.
 

@@ -5,7 +5,7 @@ from edgekd.cli.stage import stage_command
 command = stage_command(
     "search",
     "Stage: choose the shape that fits the budget.",
-    r"""Choose layers, heads and neurons of IN that fit the budget; weights stay as they are.
+    """Choose layers, heads and neurons of IN that fit the budget; weights stay as they are.
 
     In: a model folder. Out: the same with the plan in config.json, for `edgekd prune`.
 

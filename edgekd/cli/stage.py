@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from edgekd.cli.common import budget_options, budget_section, data_options, data_section, finish, output_options, parse_settings, start
+from edgekd.cli.common import (
+    budget_options,
+    budget_section,
+    data_options,
+    data_section,
+    finish,
+    output_options,
+    parse_settings,
+    start,
+)
 
 
 def stage_command(name: str, short_help: str, text: str) -> click.Command:

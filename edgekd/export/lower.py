@@ -124,7 +124,9 @@ def calibrate(source: Path, feeds: Sequence[Feeds]) -> dict[str, tuple[float, fl
     for name, value in data.items():
         low, high = (float(np.asarray(x).reshape(-1)[0]) for x in value.range_value)
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise RecipeError(f"calibration met a tensor without a finite range ({name}); check the data for bad values")
+            raise RecipeError(
+                f"calibration met a tensor without a finite range ({name}); check the data for bad values"
+            )
         ranges[name] = (low, high)
     return ranges
 
@@ -165,18 +167,15 @@ def _dynamic(graph: Any, scratch: Path, operators: Sequence[str] | None = None) 
 
 
 def _static(graph: Any, scratch: Path, ranges: Ranges) -> Any:
+    import onnx
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
 
-    import onnx
-
     file = scratch / "float.onnx"
     onnx.save(graph, file)
-    data = {
-        name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
-    }
+    data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
     quantizer = QDQQuantizer(
         load_model_with_shape_infer(file),
         per_channel=True,

@@ -25,9 +25,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return layer
 
 
-def convolution(
-    layer: nn.Conv2d, *, out: torch.Tensor | None = None, into: torch.Tensor | None = None
-) -> nn.Conv2d:
+def convolution(layer: nn.Conv2d, *, out: torch.Tensor | None = None, into: torch.Tensor | None = None) -> nn.Conv2d:
     """Keep output channels `out` and input channels `into` of an ungrouped convolution."""
     weight = layer.weight.data
     weight = weight if out is None else weight[out]
@@ -49,9 +47,7 @@ def convolution(
 def batch_norm(layer: nn.BatchNorm2d, keep: torch.Tensor) -> nn.BatchNorm2d:
     """Keep channels `keep [n]` of a batch normalization, running statistics included."""
     cut = nn.BatchNorm2d(len(keep), eps=layer.eps, momentum=layer.momentum)
-    cut.load_state_dict(
-        {name: value[keep] if value.dim() else value for name, value in layer.state_dict().items()}
-    )
+    cut.load_state_dict({name: value[keep] if value.dim() else value for name, value in layer.state_dict().items()})
     return cut
 
 

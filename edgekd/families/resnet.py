@@ -39,9 +39,7 @@ def _slice_neurons(layer: Any, keep: torch.Tensor) -> None:
     convolutions = list(layer.layer)
     for i, block in enumerate(convolutions):
         last = i == len(convolutions) - 1
-        block.convolution = convolution(
-            block.convolution, out=None if last else keep, into=None if i == 0 else keep
-        )
+        block.convolution = convolution(block.convolution, out=None if last else keep, into=None if i == 0 else keep)
         if not last:
             block.normalization = batch_norm(block.normalization, keep)
 
@@ -65,6 +63,10 @@ def _no_heads(layer: nn.Module, keep: torch.Tensor, head_dim: int) -> None:
         raise ValueError("a convolutional layer has no attention heads")
 
 
+def _hidden(model: Any) -> int:
+    return int(model.config.hidden_sizes[-1])
+
+
 RESNET = Family(
     name="resnet",
     model_types=("resnet",),
@@ -79,6 +81,6 @@ RESNET = Family(
     neuron_input=_neuron_input,
     qkv=None,
     embeddings=_embeddings,
-    hidden=lambda model: int(model.config.hidden_sizes[-1]),
+    hidden=_hidden,
     head_dim=lambda model: 0,
 )

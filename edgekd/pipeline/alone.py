@@ -10,13 +10,14 @@ from typing import Any
 
 from edgekd.context import Budget, Context, Progress
 from edgekd.data import DataSpec
+from edgekd.distill.processes import this_process
 from edgekd.errors import StoreError
-from edgekd.files import publish, write_json
+from edgekd.files import explained, publish, write_json
 from edgekd.pipeline.artifact import build
 from edgekd.pipeline.setup import Setup, prepare
 from edgekd.pipeline.stages import check_promises, plain
 from edgekd.stages import Stage
-from edgekd.student import load_student
+from edgekd.student import Student, load_student
 from edgekd.target import Target
 
 RECORD = "edgekd-stage.json"
@@ -48,19 +49,24 @@ def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: 
         raise StoreError(f"will not replace {final}: it was not made by an edgekd stage; choose another --out")
     setup = prepare(asked.teacher or asked.model, asked.data, max_length=asked.max_length, progress=progress)
     student = load_student(asked.model, auto_class=setup.task.auto_class)
-    final.parent.mkdir(parents=True, exist_ok=True)
     work = final.parent / f".{final.name}.work"
-    work.mkdir(exist_ok=True)
+    with explained("write", work):
+        work.mkdir(parents=True, exist_ok=True)
     context = _context(setup, asked, work, progress, needs_graph=name == "search")
     result = stage.run(student, context)
+    record = {"stage": name, "shape": result.arch.describe(), "details": plain(context.notes)}
+    if this_process().main:
+        _publish(result, record, final, setup)
+        shutil.rmtree(work)
+    return {"out": str(final), **record}
+
+
+def _publish(result: Student, record: dict[str, Any], final: Path, setup: Setup) -> None:
     draft = Path(tempfile.mkdtemp(prefix=f".{final.name}.draft-", dir=final.parent))
     result.save(draft)
     check_promises(result, draft, setup)
-    record = {"stage": name, "shape": result.arch.describe(), "details": plain(context.notes)}
     write_json(draft / RECORD, record)
     publish(draft, final, marker=RECORD)
-    shutil.rmtree(work)
-    return {"out": str(final), **record}
 
 
 def _context(setup: Setup, asked: Alone, work: Path, progress: Progress, *, needs_graph: bool) -> Context:

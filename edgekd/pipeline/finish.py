@@ -26,6 +26,8 @@ from edgekd.report.card import model_card
 from edgekd.student import Student
 from edgekd.target import Target
 
+LOOK = Settings(blocks=120, max_seconds=60)
+"""The first look at the artifact's latency; further ones double the number of samples."""
 PACKAGES = ("torch", "transformers", "optimum", "onnx", "onnxruntime", "numpy")
 
 
@@ -44,7 +46,9 @@ def final_artifact(student: Student, setup: Setup, target: Target, budget: Budge
     """Build the file that ships; a float student takes the fused form only where it is measured to be faster."""
     if student.quantization is not None:
         return build(student, setup.task, setup.validation, folder)
-    forms = [build(student, setup.task, setup.validation, folder / form, lowering=form) for form in ("fp32", "fp32_fused")]
+    forms = [
+        build(student, setup.task, setup.validation, folder / form, lowering=form) for form in ("fp32", "fp32_fused")
+    ]
     plain, fused = timed([form.file for form in forms], target, budget, Settings(blocks=60))
     return forms[int(np.median(fused.ms) < np.median(plain.ms))]
 
@@ -54,7 +58,7 @@ def judged(artifact: Artifact, setup: Setup, base: Baseline, target: Target, bud
     looks: list[tuple[Samples, Samples]] = []
 
     def more(look: int) -> Measurement:
-        settings = Settings(blocks=120 * 2 ** max(look - 1, 0), max_seconds=60, memory=look == 0, seed=look)
+        settings = replace(LOOK, blocks=LOOK.blocks * 2 ** max(look - 1, 0), memory=look == 0, seed=look)
         teacher, student = timed([base.graph, artifact.file], target, budget, settings)
         looks.append((teacher, student))
         return summarize(
@@ -80,7 +84,9 @@ def with_size(verdict: Verdict, size_bytes: int, budget: Budget) -> Verdict:
         return verdict
     size = size_bytes / 1e6
     met = size <= budget.size_mb
-    reason = f"{verdict.reason}; size {size:.2f} MB is {'within' if met else 'over'} the budget of {budget.size_mb:g} MB"
+    reason = (
+        f"{verdict.reason}; size {size:.2f} MB is {'within' if met else 'over'} the budget of {budget.size_mb:g} MB"
+    )
     return replace(verdict, reason=reason, status=verdict.status if met else FAIL)
 
 

@@ -182,5 +182,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     return value.describe() if isinstance(value, Arch) else value
-
-

@@ -24,9 +24,7 @@ def plan_from_settings(
     head_counts = _per_layer("heads", heads, [layer.heads for layer in own])
     neuron_counts = _per_layer("neurons", neurons, [layer.neurons for layer in own])
     shapes = zip(own, head_counts, neuron_counts, strict=True)
-    return replace(
-        arch, layers=tuple(Layer(source=layer.source, heads=h, neurons=n) for layer, h, n in shapes)
-    )
+    return replace(arch, layers=tuple(Layer(source=layer.source, heads=h, neurons=n) for layer, h, n in shapes))
 
 
 def _per_layer(name: str, asked: int | Sequence[int] | None, own: list[int]) -> list[int]:

@@ -85,9 +85,7 @@ def _build(
 ) -> list[Candidate]:
     built = []
     for name in wanted:
-        file = lower(
-            graph, ctx.work / f"{name}.onnx", name, ranges=ranges, model_type=student.model.config.model_type
-        )
+        file = lower(graph, ctx.work / f"{name}.onnx", name, ranges=ranges, model_type=student.model.config.model_type)
         logits = onnx_logits(file, ctx.validation)
         require_parity(reference, logits, precision_of(name), name)
         built.append(Candidate(name, file, _metric(logits, ctx)))

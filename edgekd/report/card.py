@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-PIPELINES = {"text-classification": "ORTModelForSequenceClassification", "image-classification": "ORTModelForImageClassification"}
+PIPELINES = {
+    "text-classification": "ORTModelForSequenceClassification",
+    "image-classification": "ORTModelForImageClassification",
+}
 PROCESSORS = {
     "text-classification": ("AutoTokenizer", "tokenizer"),
     "image-classification": ("AutoImageProcessor", "image_processor"),

@@ -68,7 +68,9 @@ def show(manifests: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[
         console.print(table)
     for verdict in verdicts:
         colour = COLOURS[verdict["status"]]
-        console.print(f"[{colour}]{verdict['status']}[/{colour}]  {verdict['target']}: {verdict['reason']}", soft_wrap=True)
+        console.print(
+            f"[{colour}]{verdict['status']}[/{colour}]  {verdict['target']}: {verdict['reason']}", soft_wrap=True
+        )
 
 
 def _ms(value: float | None) -> str:

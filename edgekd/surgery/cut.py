@@ -47,7 +47,12 @@ def _check(have: Arch, want: Arch, position: dict[int, int]) -> None:
         if layer.source not in position:
             raise ModelError(f"the plan keeps layer {layer.source}, but the model has layers {sorted(position)}")
         own = have.layers[position[layer.source]]
-        if layer.heads > own.heads or layer.neurons > own.neurons or layer.neurons < 1 or (own.heads and not layer.heads):
+        if (
+            layer.heads > own.heads
+            or layer.neurons > own.neurons
+            or layer.neurons < 1
+            or (own.heads and not layer.heads)
+        ):
             raise ModelError(
                 f"layer {layer.source} has {own.heads} heads and {own.neurons} neurons; "
                 f"the plan asks for {layer.heads} and {layer.neurons}"

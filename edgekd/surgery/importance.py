@@ -37,9 +37,9 @@ def activation(module: nn.Module, squares: torch.Tensor) -> torch.Tensor:
 
 
 def activation_weight(module: nn.Module, squares: torch.Tensor) -> torch.Tensor:
-    """Activation norm times the norm of the outgoing weights (as in Wanda, Sun et al. 2023, arXiv 2306.11695), `[F]`."""
+    """Activation norm times that of the outgoing weights (as in Wanda, Sun et al. 2023, arXiv 2306.11695), `[F]`."""
     weight: Any = module.weight
-    outgoing = weight.detach().float().transpose(0, 1).flatten(1).norm(dim=1)
+    outgoing: torch.Tensor = weight.detach().float().transpose(0, 1).flatten(1).norm(dim=1)
     return squares.sqrt() * outgoing
 
 
@@ -114,7 +114,9 @@ class _Sums:
                 changed = torch.ones(len(after))
             else:
                 changed = 1 - torch.cosine_similarity(before.float(), after.float(), dim=1 if before.dim() == 4 else -1)
-                changed = changed.flatten(1).mean(dim=1) if before.dim() == 4 else self._masked_mean(changed[..., None])[:, 0]
+                changed = (
+                    changed.flatten(1).mean(dim=1) if before.dim() == 4 else self._masked_mean(changed[..., None])[:, 0]
+                )
             self.influences[index] = self.influences.get(index, 0.0) + float(changed.sum())
             self.counts[index] = self.counts.get(index, 0) + len(changed)
 

@@ -42,7 +42,9 @@ def scores(seed: int = 0) -> Importance:
 @pytest.mark.parametrize("kept", [(0, 1, 2, 3, 4, 5), (0, 2, 5), (3,)])
 def test_widths_are_within_the_limit_and_not_wasteful(kept, limit):
     steps = Steps(1, 32)
-    smallest = cost(with_layers(replace(ARCH, layers=tuple(Layer(source=i, heads=1, neurons=32) for i in range(6))), kept))
+    smallest = cost(
+        with_layers(replace(ARCH, layers=tuple(Layer(source=i, heads=1, neurons=32) for i in range(6))), kept)
+    )
     for shape in (
         uniform_widths(ARCH, kept, limit, cost, steps),
         importance_widths(ARCH, kept, limit, cost, steps, scores()),
@@ -201,7 +203,11 @@ def test_without_a_latency_budget_the_full_shape_is_kept(context):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"samples": 0}, "samples must be at least 1"), ({"margin": 0.7}, "margin must be"), ({"checks": -1}, "checks must")],
+    [
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"margin": 0.7}, "margin must be"),
+        ({"checks": -1}, "checks must"),
+    ],
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(RecipeError, match=message):

@@ -1,0 +1,53 @@
+"""Losses on queries, keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING
+
+from edgekd.distill.losses.loss import Loss, table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def minilm(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, *, relation_heads: int = 48) -> Tensor:
+    """KL between the Q-Q, K-K and V-V relations of one layer; mean over relation heads and valid tokens, summed.
+
+    Queries, keys and values come as `[B, S, D]` with all heads side by side and are split into relation heads
+    again, so widths and head counts may differ: the number of relation heads is the largest common divisor of both
+    widths that does not exceed `relation_heads`. Padded rows and columns are left out.
+
+    Wang et al. 2021, "MiniLMv2: Multi-Head Self-Attention Relation Distillation", arXiv:2012.15828.
+    """
+    heads = _common_heads(student[0].shape[-1], teacher[0].shape[-1], relation_heads)
+    parts = [
+        _relation_kl(_relations(s.float(), mask, heads), _relations(t.detach().float(), mask, heads), mask)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return reduce(add, parts)
+
+
+def _common_heads(student: int, teacher: int, most: int) -> int:
+    common = math.gcd(student, teacher)
+    return max(heads for heads in range(1, min(common, most) + 1) if common % heads == 0)
+
+
+def _relations(states: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """Log-softmax of scaled dot products between tokens: `[B, S, D]` -> `[B, heads, S, S]`."""
+    batch, tokens, width = states.shape
+    split = states.view(batch, tokens, heads, width // heads).transpose(1, 2)
+    scores = split @ split.transpose(-1, -2) / math.sqrt(width // heads)
+    # A large finite value keeps the gradient of fully padded rows finite.
+    return scores.masked_fill(~mask[:, None, None, :], -1e9).log_softmax(-1)
+
+
+def _relation_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    rows = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
+    return rows[mask].mean()
+
+
+ATTENTION = table(Loss(name="minilm", function=minilm, needs=("qkv", "mask")))

@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import edgekd
+from edgekd.data import DataSpec
+from edgekd.errors import BudgetError, DataError, ModelError, StageError, StoreError
+from edgekd.latency.verdict import Verdict
+from edgekd.pipeline import compress, evaluate
+from edgekd.pipeline.compress import report_again
+from edgekd.pipeline.export import export
+from edgekd.pipeline.finish import accuracy_floor, exit_code, with_size
+from edgekd.store import sha256_file
+from edgekd.target import load_target, probe, shipped_targets_dir
+
+
+class Lines:
+    """A progress that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def start(self, description, total):
+        pass
+
+    def advance(self, steps=1, **metrics):
+        pass
+
+    def stop(self):
+        pass
+
+    def say(self, text):
+        self.said.append(text)
+
+
+@pytest.fixture
+def bundle(finished):
+    return finished.bundles["local"]
+
+
+def test_the_manifest_has_every_section(finished, bundle):
+    manifest = json.loads((bundle / "edgekd.json").read_text())
+    assert manifest["schema"] == 1
+    assert manifest["task"] == "text-classification"
+    assert set(manifest["teacher"]) == {"metric", "value", "n", "p50_ms", "size_bytes"}
+    assert manifest["artifact"]["sha256"] == sha256_file(bundle / "onnx" / "model.onnx")
+    assert manifest["artifact"]["size_bytes"] == (bundle / "onnx" / "model.onnx").stat().st_size
+    assert manifest["artifact"]["precision"] == "int8"
+    assert manifest["quality"]["n"] == 40
+    assert manifest["quality"]["split"] == "test"
+    low, high = manifest["quality"]["ci95"]
+    assert low <= manifest["quality"]["value"] <= high
+    (latency,) = manifest["latency"]
+    assert latency["kind"] == "measured"
+    assert latency["p50_ms"] <= latency["p95_ms"] <= latency["p99_ms"]
+    assert latency["ci95_ms"][0] <= latency["p50_ms"] <= latency["ci95_ms"][1]
+    assert latency["speedup"] == pytest.approx(latency["teacher_p50_ms"] / latency["p50_ms"], rel=1e-3)
+    assert [entry["stage"] for entry in manifest["ledger"]] == ["prune", "distill", "quantize"]
+    assert all(entry["latency"]["kind"] == "measured" and entry["seconds"] >= 0 for entry in manifest["ledger"])
+    assert manifest["seeds"] == {"run": 0}
+    assert manifest["recipe"] == json.loads((finished.folder / "manifest.json").read_text())["recipe"]
+    assert {"torch", "onnxruntime", "python"} <= set(manifest["versions"])
+
+
+def test_the_bundle_loads_in_optimum_and_gives_the_same_labels(bundle, text_data):
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+    from transformers import AutoTokenizer, pipeline
+
+    texts = [json.loads(line)["text"] for line in (text_data / "test.jsonl").read_text().splitlines()[:10]]
+    tokenizer = AutoTokenizer.from_pretrained(bundle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = ORTModelForSequenceClassification.from_pretrained(bundle)
+        classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+        labels = [classify(text)[0]["label"] for text in texts]
+    session = ort.InferenceSession(str(bundle / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = {value.name for value in session.get_inputs()}
+    for text, label in zip(texts, labels, strict=True):
+        feeds = {k: v for k, v in tokenizer(text, return_tensors="np").items() if k in names}
+        assert ("negative", "positive")[int(np.argmax(session.run(None, dict(feeds))[0]))] == label
+
+
+def test_evaluate_gives_the_figure_of_the_manifest(finished, bundle, text_data):
+    seen = evaluate(bundle, DataSpec(path=str(text_data)))
+    stated = finished.manifests["local"]["quality"]
+    assert (seen["value"], seen["ci95"], seen["n"]) == (stated["value"], stated["ci95"], stated["n"])
+
+
+def test_every_stage_can_be_loaded_and_is_as_small_as_planned(finished):
+    pruned = edgekd.load(finished.folder / "01-prune")
+    assert pruned.arch.describe() == "2 layers of 32: heads 2/2, neurons 40/24"
+    assert edgekd.load(finished.folder / "02-distill").arch == pruned.arch
+    assert edgekd.load(finished.folder / "03-quantize").quantization == {"lowering": "int8_dynamic"}
+
+
+def test_running_again_does_nothing_and_says_so(finished, make_recipe):
+    before = (finished.folder / "bundle" / "edgekd.json").stat().st_mtime_ns
+    lines = Lines()
+    again = compress(make_recipe(), finished.folder, progress=lines)
+    assert "is finished; nothing to do" in lines.said[-1]
+    assert again.manifests == {"local": json.loads((again.bundles["local"] / "edgekd.json").read_text())}
+    assert (finished.folder / "bundle" / "edgekd.json").stat().st_mtime_ns == before
+
+
+def test_a_changed_setting_runs_only_what_depends_on_it(finished, make_recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    stages = [*make_recipe().to_dict()["stages"][:2], {"quantize": {"lowering": "int8_static"}}]
+    lines = Lines()
+    result = compress(make_recipe(stages=stages), run, progress=lines)
+    assert "prune: done before, taken from 01-prune" in lines.said
+    assert "distill: done before, taken from 02-distill" in lines.said
+    assert "quantize: local" in lines.said
+    assert result.manifests["local"]["artifact"]["lowering"] == "int8_static"
+
+
+def test_a_damaged_stage_is_run_again(finished, make_recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    (run / "manifest.json").unlink()
+    (run / "03-quantize" / "config.json").write_text("{}")
+    lines = Lines()
+    result = compress(make_recipe(), run, progress=lines)
+    assert any("config.json is not as the stage left it" in line for line in lines.said)
+    assert result.manifests["local"]["artifact"]["sha256"] == finished.manifests["local"]["artifact"]["sha256"]
+
+
+def test_two_targets_give_two_bundles_and_two_verdicts(make_recipe, tmp_path):
+    other = tmp_path / "other.yaml"
+    shutil.copyfile(shipped_targets_dir() / "local.yaml", other)
+    result = compress(
+        make_recipe(targets=["local", str(other)], stages=make_recipe().to_dict()["stages"][:1]), tmp_path / "r"
+    )
+    assert {path.name for path in result.bundles.values()} == {"bundle-local", "bundle-other"}
+    assert [verdict.target for verdict in result.verdicts] == ["local", "other"]
+
+
+def test_a_budget_that_is_missed_is_reported_with_a_bundle_and_code_3(make_recipe, tmp_path):
+    result = compress(make_recipe(budget={"speedup": 1000, "sequence": 16, "threads": 1}), tmp_path / "run")
+    assert result.exit_code == 3
+    assert result.verdicts[0].status == "fail"
+    assert "misses the budget of 1000×" in result.verdicts[0].reason
+    assert len(result.manifests["local"]["rounds"]) == 1, "another round cannot help without search"
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_missed_accuracy_floor_gives_code_4(make_recipe, tmp_path):
+    budget = {"size_mb": 100, "min_accuracy": 1.0, "sequence": 16}
+    result = compress(make_recipe(budget=budget, stages=make_recipe().to_dict()["stages"][:1]), tmp_path / "run")
+    assert result.exit_code == 4
+    assert result.manifests["local"]["accuracy_floor_met"] is False
+
+
+def test_a_missed_latency_leads_to_a_tighter_round(make_recipe, tmp_path, monkeypatch):
+    seen = []
+
+    def plan(settings, student, ctx):
+        seen.append(ctx.strictness)
+        return replace(student, plan=student.arch)
+
+    monkeypatch.setattr("edgekd.search.strategy.choose", plan)
+    stages = [{"search": {}}, {"prune": {"samples": 8}}]
+    budget = {"speedup": 50, "sequence": 16, "threads": 1, "max_rounds": 2}
+    result = compress(make_recipe(stages=stages, budget=budget), tmp_path / "run")
+    assert len(seen) == 2
+    assert seen[0] == 1.0
+    assert seen[1] < 0.1
+    assert [entry["round"] for entry in result.manifests["local"]["rounds"]] == [1, 2]
+    assert (tmp_path / "run" / "01-search-round2").is_dir()
+
+
+def test_a_budget_out_of_reach_leaves_a_verdict_and_no_bundle(make_recipe, tmp_path, monkeypatch):
+    def refuse(settings, student, ctx):
+        raise BudgetError("out of reach; the nearest point is 3×")
+
+    monkeypatch.setattr("edgekd.search.strategy.choose", refuse)
+    result = compress(make_recipe(stages=[{"search": {}}, {"prune": {}}]), tmp_path / "run")
+    assert result.exit_code == 3
+    assert result.verdicts == (Verdict("local", "fail", "out of reach; the nearest point is 3×"),)
+    assert not list(tmp_path.glob("run/bundle*"))
+
+
+def test_data_without_labels_is_labelled_by_the_teacher(make_recipe, text_data, tmp_path):
+    data = tmp_path / "texts"
+    data.mkdir()
+    rows = [json.loads(line)["text"] for line in (text_data / "train.jsonl").read_text().splitlines()]
+    (data / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in rows))
+    result = compress(
+        make_recipe(data={"path": str(data)}, stages=make_recipe().to_dict()["stages"][:1]), tmp_path / "run"
+    )
+    quality = result.manifests["local"]["quality"]
+    assert (quality["metric"], quality["split"]) == ("agreement", "validation")
+    assert result.manifests["local"]["teacher"]["value"] == 1.0
+
+
+def test_a_stage_that_breaks_a_promise_is_stopped(make_recipe, tmp_path, monkeypatch):
+    def spoil(settings, student, ctx):
+        for parameter in student.model.parameters():
+            parameter.data.fill_(float("nan"))
+        return student
+
+    monkeypatch.setattr("edgekd.distill.recover.recover", spoil)
+    with pytest.raises(StageError, match="not finite"):
+        compress(make_recipe(), tmp_path / "run")
+    assert not (tmp_path / "run" / "02-distill").exists()
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_reports_are_written_again_only_for_finished_runs(finished, tmp_path):
+    page = finished.folder / "report.html"
+    first = page.read_text()
+    page.unlink()
+    assert report_again(finished.folder).exit_code == finished.exit_code
+    assert page.read_text() == first
+    assert "http://" not in first.replace("http://www.w3.org", "")
+    with pytest.raises(StoreError, match="is not a finished run"):
+        report_again(tmp_path)
+
+
+def test_export_of_a_stage_folder_gives_the_same_artifact(finished, text_data, tmp_path):
+    target, budget = probe(load_target("local")), edgekd.context.Budget(sequence=16, threads=1)
+    student = finished.folder / "03-quantize"
+    manifest = export(student, tmp_path / "b", target=target, budget=budget, data=DataSpec(path=str(text_data)))
+    assert manifest["artifact"]["sha256"] == finished.manifests["local"]["artifact"]["sha256"]
+    assert manifest["quality"]["value"] == finished.manifests["local"]["quality"]["value"]
+    without = export(student, tmp_path / "c", target=target, budget=budget)
+    assert without["quality"] is None
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    with pytest.raises(StoreError, match="it is not a bundle"):
+        export(student, tmp_path / "mine", target=target, budget=budget)
+    assert (tmp_path / "mine" / "file").read_text() == "mine"
+
+
+def test_evaluate_refuses_what_is_not_a_whole_bundle(bundle, text_data, tmp_path):
+    with pytest.raises(ModelError, match="is not a bundle"):
+        evaluate(tmp_path, DataSpec(path=str(text_data)))
+    with pytest.raises(DataError):
+        evaluate(bundle, DataSpec(path=str(tmp_path / "nowhere.jsonl")))
+
+
+def test_floors_sizes_and_exit_codes(finished):
+    class Base:
+        reported = 0.9
+
+    budget = edgekd.context.Budget
+    assert accuracy_floor(Base, budget(accuracy_drop=0.02)) == pytest.approx(0.88)
+    assert accuracy_floor(Base, budget(min_accuracy=0.5)) == 0.5
+    assert accuracy_floor(Base, budget()) == float("-inf")
+    verdict = Verdict("local", "pass", "fine")
+    assert with_size(verdict, 2_000_000, budget(size_mb=1)).status == "fail"
+    assert with_size(verdict, 900_000, budget(size_mb=1)).status == "pass"
+    assert with_size(verdict, 900_000, budget()) == verdict
+
+    class Judged:
+        def __init__(self, status, met=True):
+            self.verdict, self.accuracy_met = Verdict("t", status, ""), met
+
+    cases = [(["pass"], 0), (["fail", "pass"], 3), (["inconclusive"], 5), (["pass", "inconclusive", "fail"], 3)]
+    for statuses, code in cases:
+        assert exit_code([Judged(status) for status in statuses]) == code
+    assert exit_code([Judged("inconclusive", met=False)]) == 4
