@@ -10,6 +10,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 
+LOG_SECONDS = 30.0
+
+
+class _Log:
+    """A bar for a log file: a line now and then instead of a moving bar."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self.description, self.total, self.done = description, total, 0
+        self.began = self.told = time.monotonic()
+
+    def advance(self, steps: int, metrics: dict[str, float]) -> str | None:
+        """Count, and return a line if it is time for one."""
+        self.done += steps
+        now = time.monotonic()
+        if now - self.told < LOG_SECONDS or not self.done:
+            return None
+        self.told = now
+        left = (now - self.began) / self.done * (self.total - self.done)
+        shown = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
+        return f"  {self.description}: {self.done} of {self.total}{shown}, {left:.0f} s to go"
+
+
 class TerminalProgress:
     """A `Progress` on stderr: live bars on a terminal, plain lines in a log."""
 
@@ -17,11 +39,13 @@ class TerminalProgress:
         self.console = Console(file=sys.stderr, highlight=False)
         self._bar: RichProgress | None = None
         self._began = time.monotonic()
+        self._log: _Log | None = None
 
     def start(self, description: str, total: int) -> None:
         """Begin a bar of `total` steps."""
         self.stop()
         if not self.console.is_terminal:
+            self._log = _Log(description, total)
             return
         self._bar = RichProgress(
             TextColumn("  {task.description}"),
@@ -37,6 +61,8 @@ class TerminalProgress:
 
     def advance(self, steps: int = 1, **metrics: float) -> None:
         """Move the bar and show the latest metrics."""
+        if self._log is not None and (line := self._log.advance(steps, metrics)):
+            self.say(line)
         if self._bar is None:
             return
         task = self._bar.tasks[0].id
@@ -48,6 +74,7 @@ class TerminalProgress:
 
     def stop(self) -> None:
         """End the bar."""
+        self._log = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
