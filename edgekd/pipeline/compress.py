@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,8 @@ def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome], 
         verdicts=verdicts,
         exit_code=code,
     )
+    for outputs in (run.path / ".cache").glob("teacher-*"):
+        shutil.rmtree(outputs) if outputs.is_dir() else outputs.unlink()
     write_report(run.path / "report.html", result.manifests, [v.to_dict() for v in verdicts], recipe.to_yaml())
     run.finish(
         {

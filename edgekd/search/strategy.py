@@ -166,6 +166,7 @@ class _Hunt:
     def run(self) -> Arch:
         """Alternate between choosing and measuring until the measured latency is just under the budget."""
         limit = self.first_limit() * self.aim
+        self.require_reachable(limit)
         chain = self.chain(limit)
         measured: list[tuple[float, Arch]] = []
         plan = self.best(chain, limit)
@@ -182,6 +183,16 @@ class _Hunt:
             if any(plan == known for _, known in measured):
                 break
         return self.settle(measured, plan)
+
+    def require_reachable(self, limit: float) -> None:
+        """Where not even the smallest shape is predicted to fit, measure that one first.
+
+        Raises:
+            BudgetError: it misses the budget as measured.
+        """
+        smallest = self.smallest()
+        if self.predict(smallest) > limit and (used := self.used(smallest)) > self.ctx.strictness:
+            raise BudgetError(self.out_of_reach(used, smallest))
 
     def settle(self, measured: list[tuple[float, Arch]], plan: Arch) -> Arch:
         """The largest measured shape within the budget; if none is, the last plan, or an error if it is the least."""
