@@ -18,7 +18,7 @@ Stage = Search | Prune | Distill | Quantize
 STAGES: dict[str, type[Stage]] = {"search": Search, "prune": Prune, "distill": Distill, "quantize": Quantize}
 """The stages in the only order in which they may run."""
 
-NOT_YET = {"sparsify": "sparsify is not available in this version of edgekd; remove the stage"}
+NOT_YET = {"sparsify": "sparsify is not available in this version of edgekd: leave the stage out"}
 
 
 def build_stage(name: str, settings: Mapping[str, Any], source: str = "--set") -> Stage:

@@ -43,6 +43,10 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import `edgekd.cli.NAME` and return its `command`."""
         if cmd_name not in COMMANDS:
+            from edgekd.stages import NOT_YET
+
+            if cmd_name in NOT_YET:
+                raise click.UsageError(NOT_YET[cmd_name])
             return None
         command: click.Command = importlib.import_module(f"edgekd.cli.{cmd_name}").command
         return command

@@ -8,7 +8,7 @@ import click
 
 from edgekd.cli.common import finish, output_options, start
 
-EPOCHS = 40
+EPOCHS = 25
 TEACHER = "scratch:vit"
 DATA = "sklearn:digits"
 RECIPE = {
@@ -16,7 +16,7 @@ RECIPE = {
     "data": {"path": DATA},
     "targets": ["local"],
     "budget": {"speedup": 2.5, "batch": 1, "threads": 1, "accuracy_drop": 0.03},
-    "stages": [{"search": {"samples": 128}}, {"prune": {}}, {"distill": {"epochs": 25}}, {"quantize": {}}],
+    "stages": [{"search": {"samples": 128}}, {"prune": {}}, {"distill": {"epochs": 15, "batch_size": 64, "learning_rate": 5e-4}}, {"quantize": {}}],
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from edgekd.files import write_text
-from edgekd.report.terminal import rows
+from edgekd.report.terminal import HEADINGS, heading, rows
 
 
 def write_report(
@@ -25,6 +25,7 @@ def write_report(
                 "name": name,
                 "manifest": manifest,
                 "rows": rows(manifest),
+                "heading": heading(manifest, name),
                 "bars": _bars(manifest),
                 "latency": manifest["latency"][0],
             }
@@ -32,6 +33,7 @@ def write_report(
         ],
         verdicts=verdicts,
         recipe=recipe,
+        headings=HEADINGS,
     )
     write_text(file, page)
 

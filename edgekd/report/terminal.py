@@ -11,66 +11,52 @@ from rich.table import Table
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
-def rows(manifest: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
-    """(step, metric, p50, p95, speedup, size) for the teacher, each stage and the artifact."""
+HEADINGS = ("", "validation", "reported", "p50", "p95", "speedup", "size")
+
+
+def rows(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The cells under `HEADINGS` for the teacher, each stage and the artifact."""
     teacher, artifact, quality = manifest["teacher"], manifest["artifact"], manifest["quality"]
     latency = manifest["latency"][0]
-    table = [
-        (
-            "teacher (fp32)",
-            f"{teacher['value']:.4f}",
-            _ms(latency.get("teacher_p50_ms")),
-            "",
-            "1.00×",
-            _mb(teacher["size_bytes"]),
-        )
-    ]
+    first = ("", f"{teacher['value']:.4f}", _ms(latency.get("teacher_p50_ms")), "", "1.00×")
+    table = [("teacher (fp32)", *first, _mb(teacher["size_bytes"]))]
     for entry in manifest["ledger"]:
-        seen = entry["latency"]
-        validation = "" if entry["metric"] is None else f"{entry['metric']:.4f} (validation)"
-        table.append(
-            (
-                f"  {entry['stage']}",
-                validation,
-                _ms(seen.get("p50_ms")),
-                _ms(seen.get("p95_ms")),
-                _times(seen.get("speedup")),
-                _mb(entry.get("size_bytes")),
-            )
-        )
-    retained = "" if quality.get("retained") is None else f" ({quality['retained']:.1%} kept)"
-    table.append(
-        (
-            f"artifact ({artifact['precision']})",
-            f"{quality['value']:.4f}{retained}",
-            _ms(latency.get("p50_ms")),
-            _ms(latency.get("p95_ms")),
-            _times(latency.get("speedup")),
-            _mb(artifact["size_bytes"]),
-        )
+        validation = "" if entry["metric"] is None else f"{entry['metric']:.4f}"
+        table.append((f"  {entry['stage']}", validation, "", *_timing(entry["latency"]), _mb(entry.get("size_bytes"))))
+    last = ("", f"{quality['value']:.4f}", *_timing(latency))
+    return [*table, (f"artifact ({artifact['precision']})", *last, _mb(artifact["size_bytes"]))]
+
+
+def heading(manifest: Mapping[str, Any], target: str) -> str:
+    """What the table is about: target, conditions, metric."""
+    quality, latency = manifest["quality"], manifest["latency"][0]
+    where = f"batch {latency['batch']}" + (f", {latency['sequence']} tokens" if latency.get("sequence") else "")
+    kept = "" if quality.get("retained") is None else f", {quality['retained']:.1%} of the teacher's kept"
+    return (
+        f"{target}: {where}, {latency.get('threads')} thread(s), latency {latency['kind'].replace('_', ' ')}\n"
+        f"{quality['metric']} reported on {quality['split']} (n={quality['n']}){kept}"
     )
-    return table
 
 
 def show(manifests: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> None:
     """Print one table per target and the verdicts."""
     console = Console(highlight=False)
     for target, manifest in manifests.items():
-        quality, latency = manifest["quality"], manifest["latency"][0]
-        where = f"batch {latency['batch']}" + (f", {latency['sequence']} tokens" if latency.get("sequence") else "")
-        table = Table(title=f"{target}: {where}, {latency.get('threads')} thread(s)", title_justify="left")
-        table.add_column("")
-        table.add_column(f"{quality['metric']} on {quality['split']} (n={quality['n']})")
-        for name in ("p50", "p95", "speedup", "size"):
-            table.add_column(name, justify="right")
+        console.print(heading(manifest, target), soft_wrap=True)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for index, name in enumerate(HEADINGS):
+            table.add_column(name, justify="right" if index else "left", no_wrap=True)
         for row in rows(manifest):
             table.add_row(*row)
         console.print(table)
     for verdict in verdicts:
         colour = COLOURS[verdict["status"]]
-        console.print(
-            f"[{colour}]{verdict['status']}[/{colour}]  {verdict['target']}: {verdict['reason']}", soft_wrap=True
-        )
+        line = f"[{colour}]{verdict['status']}[/{colour}]  {verdict['target']}: {verdict['reason']}"
+        console.print(line, soft_wrap=True)
+
+
+def _timing(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    return _ms(entry.get("p50_ms")), _ms(entry.get("p95_ms")), _times(entry.get("speedup"))
 
 
 def _ms(value: float | None) -> str:

@@ -93,7 +93,14 @@ def test_a_recipe_with_five_mistakes_names_all_of_them(tmp_path):
     )
     done = process("compress", "--recipe", recipe, "--out", tmp_path / "run")
     assert done.returncode == 2
-    for line, text in [(1, "./nowhere"), (2, "budget"), (4, "missing.jsonl"), (5, "columns"), (7, "fast"), (9, "criterion")]:
+    for line, text in [
+        (1, "./nowhere"),
+        (2, "budget"),
+        (4, "missing.jsonl"),
+        (5, "columns"),
+        (7, "fast"),
+        (9, "criterion"),
+    ]:
         assert re.search(rf"recipe.yaml:{line}: .*{re.escape(text)}", done.stderr), (line, done.stderr)
     assert not (tmp_path / "run").exists()
 
@@ -181,7 +188,9 @@ def test_wrong_stage_settings_are_refused_in_the_same_words(make_model, text_dat
 def test_a_stage_does_not_replace_what_it_did_not_make(make_model, text_data, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    done = invoke("prune", make_model("bert"), "--data", text_data, "--set", "heads=2", "--out", tmp_path / "mine", "-q")
+    done = invoke(
+        "prune", make_model("bert"), "--data", text_data, "--set", "heads=2", "--out", tmp_path / "mine", "-q"
+    )
     assert done.exit_code == 2
     assert "will not replace" in done.output
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
@@ -195,3 +204,9 @@ def test_init_writes_a_recipe_that_loads(make_model, text_data, tmp_path):
 
     assert list(load_recipe(file).stages) == list(STAGES)
     assert "--force" in invoke("init", file).output
+
+
+def test_what_comes_in_a_later_version_is_refused_with_that_reason():
+    done = invoke("sparsify", "student", "--out", "sparse")
+    assert done.exit_code == 2
+    assert "sparsify is not available in this version" in done.output
