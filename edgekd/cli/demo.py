@@ -16,7 +16,12 @@ RECIPE = {
     "data": {"path": DATA},
     "targets": ["local"],
     "budget": {"speedup": 2.5, "batch": 1, "threads": 1, "accuracy_drop": 0.03},
-    "stages": [{"search": {"samples": 128}}, {"prune": {}}, {"distill": {"epochs": 15, "batch_size": 64, "learning_rate": 5e-4}}, {"quantize": {}}],
+    "stages": [
+        {"search": {"samples": 128}},
+        {"prune": {}},
+        {"distill": {"epochs": 15, "batch_size": 64, "learning_rate": 5e-4}},
+        {"quantize": {}},
+    ],
 }
 
 
