@@ -82,6 +82,7 @@ class RunFolder:
         """
         self.path = Path(path)
         mark = self.path / _MARK
+        self._new = not self.path.exists()
         if (self.path.exists() or self.path.is_symlink()) and not self.path.is_dir():
             raise StoreError(f"cannot use {self.path} as a run folder: it is a file; choose another --out")
         with explained("write the run folder", self.path):
@@ -195,6 +196,13 @@ class RunFolder:
             for path in ours:
                 _clear(path)
             shutil.rmtree(self.path / _WORK, ignore_errors=True)
+
+    def forget_if_new(self) -> None:
+        """Take the folder away again if this object made it and nothing has been put into it."""
+        if self._new and {path.name for path in self.path.iterdir()} <= {_MARK}:
+            with explained("remove", self.path):
+                (self.path / _MARK).unlink()
+                self.path.rmdir()
 
     def _sweep(self) -> None:
         """Drop what a killed process left half-done."""

@@ -64,23 +64,31 @@ def compress(recipe: Recipe, out: str | Path, *, fresh: bool = False, progress: 
     progress = progress or Silent()
     targets = [probe(load_target(name)) for name in recipe.targets]
     run = RunFolder(out)
-    with run.lock():
-        if fresh:
-            run.fresh()
-        setup = prepare(
-            recipe.teacher,
-            recipe.data.spec(recipe.seed),
-            task=recipe.task,
-            max_length=recipe.data.max_length,
-            progress=progress,
-        )
-        key = _run_key(recipe, setup, targets)
-        if (done := _finished(run, key, progress)) is not None:
-            return done
-        write_text(run.path / "recipe.yaml", recipe.to_yaml())
-        base = baseline(run, setup, progress)
-        results = [_one_target(run, recipe, setup, base, target, progress) for target in targets]
-        return _finish(run, recipe, key, results, base)
+    try:
+        with run.lock():
+            if fresh:
+                run.fresh()
+            return _run(run, recipe, targets, progress)
+    except EdgekdError:
+        run.forget_if_new()
+        raise
+
+
+def _run(run: RunFolder, recipe: Recipe, targets: list[Target], progress: Progress) -> Result:
+    setup = prepare(
+        recipe.teacher,
+        recipe.data.spec(recipe.seed),
+        task=recipe.task,
+        max_length=recipe.data.max_length,
+        progress=progress,
+    )
+    key = _run_key(recipe, setup, targets)
+    if (done := _finished(run, key, progress)) is not None:
+        return done
+    write_text(run.path / "recipe.yaml", recipe.to_yaml())
+    base = baseline(run, setup, progress)
+    results = [_one_target(run, recipe, setup, base, target, progress) for target in targets]
+    return _finish(run, recipe, key, results)
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,7 @@ def _overshoot(judgement: Judged, recipe: Recipe) -> float | None:
     return None
 
 
-def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome], base: Baseline) -> Result:
+def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome]) -> Result:
     verdicts = tuple(outcome.verdict for outcome in outcomes)
     reached = [outcome.judgement for outcome in outcomes if outcome.judgement is not None]
     code = 3 if len(reached) < len(outcomes) else exit_code(reached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from edgekd.errors import BudgetError, RecipeError, StageError
 from edgekd.export.onnx import OPSET
 from edgekd.files import sha256_json, write_json
 from edgekd.latency.bench import Settings, Subject, measure
-from edgekd.latency.stats import Samples
+from edgekd.latency.stats import Samples, summarize
 from edgekd.latency.table import Conditions, LatencyTable, fit
 from edgekd.search.points import build_graph, convolution_points, encoder_points
 from edgekd.search.score import Scorer
@@ -148,6 +149,12 @@ def _droppable(student: Student) -> list[bool]:
     return [family.droppable(model, i) for i in range(len(student.arch.layers))]
 
 
+def _finite(interval: tuple[float, float] | None, end: int, value: float | None) -> float:
+    """One end of an interval, or the value itself where the samples cannot bound it."""
+    bound = interval[end] if interval is not None else math.inf
+    return bound if math.isfinite(bound) and bound > 0 else float(value or math.inf)
+
+
 class _Hunt:
     """One search: candidates under a limit, scored; the best is built and measured, and the limit corrected."""
 
@@ -175,8 +182,8 @@ class _Hunt:
             measured.append((used, plan))
             self.checks.append({"shape": plan.describe(), "limit_ms": limit, "used": used})
             self.ctx.progress.say(f"search: {plan.describe()} uses {used:.0%} of the budget as measured")
-            enough = used >= CLOSE * self.aim or plan == self.student.arch
-            if used <= (1 + self.aim) / 2 * self.ctx.strictness and enough:
+            enough = used >= CLOSE * self.ctx.strictness or plan == self.student.arch
+            if used <= self.ctx.strictness and enough:
                 return plan
             limit *= self.aim / used
             plan = self.best(chain, limit)
@@ -258,18 +265,22 @@ class _Hunt:
         return replace(arch, layers=layers)
 
     def used(self, plan: Arch) -> float:
-        """Measured share of the budget: 1 is just met. The teacher is measured in the same run."""
+        """Measured share of the budget at the worse end of its interval: at 1 the verdict is just a pass.
+
+        The teacher is measured in the same run.
+        """
         budget, graph = self.ctx.budget, self.ctx.teacher_graph
         if graph is None:
             raise StageError("search needs the teacher's ONNX graph to compare with")
         file = build_graph(self.student, plan, self.importance, self.ctx, self.ctx.work / "check.onnx")
         pair = [Subject(name="teacher", path=graph), Subject(name="student", path=file)]
-        teacher, sample = _measure(pair, self.ctx, blocks=80)
+        teacher, sample = _measure(pair, self.ctx, blocks=120)
+        seen = summarize(sample, target=self.ctx.target.name, baseline=teacher)
         shares = []
         if budget.speedup is not None:
-            shares.append(budget.speedup * float(np.median(sample.ms)) / float(np.median(teacher.ms)))
+            shares.append(budget.speedup / _finite(seen.speedup_ci99, 0, seen.speedup))
         if budget.latency_p95_ms is not None:
-            shares.append(float(np.percentile(sample.ms, 95)) / budget.latency_p95_ms)
+            shares.append(_finite(seen.p95_ci99_ms, 1, seen.p95_ms) / budget.latency_p95_ms)
         return max(shares)
 
     def out_of_reach(self, used: float, plan: Arch) -> str:

@@ -143,7 +143,7 @@ class Clock:
             return self.cost(self.shapes[subject.path]) * bias
 
         return [
-            Samples(name=s.name, ms=np.full(40, ms(s)), block=np.arange(40), sequence=16, threads=1) for s in subjects
+            Samples(name=s.name, ms=np.full(120, ms(s)), block=np.arange(120), sequence=16, threads=1) for s in subjects
         ]
 
 
