@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from edgekd.host import cpu_name, logical_cpus
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -43,10 +45,10 @@ def main() -> int:
     answer.pop("run", None)
     answer.pop("bundles", None)
     facts = {
-        "command": " ".join(["edgekd", *(Path(a).name if "/" in a else a for a in command if a != str(out))]),
+        "command": " ".join(["edgekd", *(Path(a).name if "/" in a else a for a in command[:-2])]),
         "seconds": round(seconds, 1),
         "exit_code": done.returncode,
-        "machine": {"cpu": platform.machine(), "python": platform.python_version()},
+        "machine": {"cpu": cpu_name(), "cpus": len(logical_cpus()), "python": platform.python_version()},
         **answer,
     }
     (RESULTS / f"{options.name}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

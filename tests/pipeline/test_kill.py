@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
+from edgekd.store import RunFolder
 
 KILLED_AT = ("00-teacher", "01-prune", "training", "02-distill", "03-quantize")
 
@@ -60,20 +60,10 @@ def test_a_killed_run_ends_with_the_same_artifact(make_recipe, tmp_path):
     assert artifact(run) == artifact(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("place", ["01-prune"])
-def test_two_processes_cannot_share_a_run(make_recipe, tmp_path, place):
+def test_two_processes_cannot_share_a_run(make_recipe, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_recipe().to_yaml())
-    first = subprocess.Popen(
-        command(recipe, tmp_path / "run"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        while first.poll() is None and not reached(tmp_path / "run", "00-teacher"):
-            time.sleep(0.01)
-        second = subprocess.run(command(recipe, tmp_path / "run"), env=environment(), capture_output=True, check=False)
-        assert first.poll() is None
-        assert second.returncode == 2
-        assert f"is in use by process {first.pid}" in second.stderr.decode()
-    finally:
-        first.kill()
-        first.wait()
+    with RunFolder(tmp_path / "run").lock():
+        done = subprocess.run(command(recipe, tmp_path / "run"), env=environment(), capture_output=True, check=False)
+    assert done.returncode == 2
+    assert f"is in use by process {os.getpid()}" in done.stderr.decode()
