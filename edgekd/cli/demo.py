@@ -8,7 +8,7 @@ import click
 
 from edgekd.cli.common import finish, output_options, start
 
-EPOCHS = 25
+EPOCHS = 18
 TEACHER = "scratch:vit"
 DATA = "sklearn:digits"
 RECIPE = {
@@ -17,7 +17,7 @@ RECIPE = {
     "targets": ["local"],
     "budget": {"speedup": 2.5, "batch": 1, "threads": 1, "accuracy_drop": 0.03},
     "stages": [
-        {"search": {"samples": 128}},
+        {"search": {"samples": 128, "checks": 2}},
         {"prune": {}},
         {"distill": {"epochs": 15, "batch_size": 64, "learning_rate": 5e-4}},
         {"quantize": {}},

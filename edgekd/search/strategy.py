@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edgekd.arch import Arch
-from edgekd.errors import BudgetError, RecipeError, StageError
-from edgekd.export.onnx import OPSET
-from edgekd.files import sha256_json, write_json
-from edgekd.latency.bench import Settings, Subject, measure
-from edgekd.latency.stats import Samples, summarize
-from edgekd.latency.table import Conditions, LatencyTable, fit
-from edgekd.search.points import build_graph, convolution_points, encoder_points
+from edgekd.errors import BudgetError, StageError
+from edgekd.latency.bench import Subject
+from edgekd.latency.stats import summarize
+from edgekd.search.points import build_graph
+from edgekd.search.reference import Reference, droppable_layers, measure_reference, time_graphs
 from edgekd.search.score import Scorer
 from edgekd.search.space import Steps, depth_chain, importance_widths, uniform_widths, with_layers
 from edgekd.surgery import Importance, measure_importance
@@ -31,15 +24,6 @@ if TYPE_CHECKING:
 
 CLOSE = 0.90
 """A measured shape that uses at least this share of the budget is not worth enlarging."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What was measured before the search: the table, the teacher's median, and p95 over p50 of small models."""
-
-    table: LatencyTable
-    teacher_ms: float
-    tail: float
 
 
 def choose(settings: Search, student: Student, ctx: Context) -> Student:
@@ -64,89 +48,6 @@ def choose(settings: Search, student: Student, ctx: Context) -> Student:
         candidates=hunt.candidates,
     )
     return replace(student, plan=plan)
-
-
-def measure_reference(settings: Search, student: Student, importance: Importance, ctx: Context) -> Reference:
-    """Measure small models of the family beside the teacher, or take what an earlier round or `table` measured."""
-    key = sha256_json(
-        {
-            "arch": student.arch.to_dict(),
-            "target": ctx.target.fingerprint,
-            "shape": [ctx.budget.batch, ctx.budget.sequence, ctx.budget.threads],
-            "lowering": ctx.lowering,
-            "opset": OPSET,
-        }
-    )
-    file = Path(settings.table) if settings.table else ctx.cache / f"latency-{key[:16]}.json"
-    if file.is_file():
-        return _read_reference(file)
-    if settings.table:
-        raise RecipeError(f"there is no latency table at {settings.table!r}; leave `table` out to measure one")
-    points = _points(student)
-    reference = _measure_points(points, student, importance, ctx)
-    ctx.cache.mkdir(parents=True, exist_ok=True)
-    write_json(
-        file,
-        {"table": reference.table.to_dict(), "teacher_ms": reference.teacher_ms, "tail": reference.tail},
-    )
-    return reference
-
-
-def _points(student: Student) -> list[Arch]:
-    if student.arch.layers[0].heads:
-        return encoder_points(student.arch)
-    return convolution_points(student.arch, _droppable(student))
-
-
-def _measure_points(points: list[Arch], student: Student, importance: Importance, ctx: Context) -> Reference:
-    if ctx.teacher_graph is None:
-        raise StageError("search needs the teacher's ONNX graph to compare with")
-    ctx.progress.start("latency table: build models", len(points))
-    subjects = [Subject(name="teacher", path=ctx.teacher_graph)]
-    for i, arch in enumerate(points):
-        subjects.append(Subject(name=str(i), path=build_graph(student, arch, importance, ctx, ctx.work / f"p{i}.onnx")))
-        ctx.progress.advance()
-    ctx.progress.stop()
-    samples = _measure(subjects, ctx, blocks=40)
-    medians = [float(np.median(s.ms)) for s in samples]
-    tails = [float(np.percentile(s.ms, 95) / np.median(s.ms)) for s in samples[1:]]
-    conditions = Conditions(
-        target=ctx.target.name,
-        batch=ctx.budget.batch,
-        sequence=samples[0].sequence,
-        threads=samples[0].threads,
-        precision=ctx.lowering,
-    )
-    by_source = not student.arch.layers[0].heads
-    table = fit(list(zip(points, medians[1:], strict=True)), conditions=conditions, by_source=by_source)
-    for subject in subjects[1:]:
-        subject.path.unlink()
-    return Reference(table, medians[0], float(np.median(tails)))
-
-
-def _read_reference(file: Path) -> Reference:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return Reference(LatencyTable.from_dict(data["table"]), float(data["teacher_ms"]), float(data["tail"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{file} is not a latency table of the search stage: {error}") from None
-
-
-def _measure(subjects: Sequence[Subject], ctx: Context, blocks: int) -> list[Samples]:
-    budget = ctx.budget
-    return measure(
-        subjects,
-        target=ctx.target,
-        batch=budget.batch,
-        sequence=budget.sequence,
-        threads=budget.threads,
-        settings=Settings(blocks=blocks, seed=ctx.seed),
-    )
-
-
-def _droppable(student: Student) -> list[bool]:
-    family, model = student.family, student.model
-    return [family.droppable(model, i) for i in range(len(student.arch.layers))]
 
 
 def _finite(interval: tuple[float, float] | None, end: int, value: float | None) -> float:
@@ -230,7 +131,7 @@ class _Hunt:
         while fewest > self.settings.min_layers and self.predict(with_layers(arch, range(fewest))) > limit * 0.6:
             fewest -= 1
         self.ctx.progress.say(f"search: which layers to keep (down to {fewest} of {len(arch.layers)})")
-        return depth_chain(arch, _droppable(self.student), self.score, fewest=fewest)
+        return depth_chain(arch, droppable_layers(self.student), self.score, fewest=fewest)
 
     def best(self, chain: list[tuple[int, ...]], limit: float) -> Arch:
         """The candidate under the limit with the lowest divergence; the smallest shape if none fits."""
@@ -254,7 +155,7 @@ class _Hunt:
 
     def smallest(self) -> Arch:
         """As few layers as allowed, one head and one step of neurons each."""
-        arch, droppable = self.student.arch, _droppable(self.student)
+        arch, droppable = self.student.arch, droppable_layers(self.student)
         fixed = [i for i in range(len(arch.layers)) if not droppable[i]]
         spare = [i for i in range(len(arch.layers)) if droppable[i]]
         kept = sorted(fixed + spare[: max(self.settings.min_layers - len(fixed), 0)])
@@ -274,7 +175,7 @@ class _Hunt:
             raise StageError("search needs the teacher's ONNX graph to compare with")
         file = build_graph(self.student, plan, self.importance, self.ctx, self.ctx.work / "check.onnx")
         pair = [Subject(name="teacher", path=graph), Subject(name="student", path=file)]
-        teacher, sample = _measure(pair, self.ctx, blocks=120)
+        teacher, sample = time_graphs(pair, self.ctx, blocks=120)
         seen = summarize(sample, target=self.ctx.target.name, baseline=teacher)
         shares = []
         if budget.speedup is not None:

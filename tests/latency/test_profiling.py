@@ -3,8 +3,11 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -12,7 +15,7 @@ from edgekd.cli import main
 from edgekd.errors import ModelError
 from edgekd.latency import profile, profiling
 from edgekd.latency.artifact import find_artifact
-from edgekd.latency.bench import Settings
+from edgekd.latency.bench import Settings, Subject
 from edgekd.latency.stats import Measurement, Samples
 from edgekd.target import load_target
 
@@ -63,7 +66,17 @@ def test_an_inconclusive_verdict_is_measured_again_longer(text_model: Path, monk
     assert result.measurement.n == sum(settings.blocks for settings in asked)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every inference takes 1 ms, so that the verdict does not hang on the machine."""
+
+    def measure(models: Sequence[Subject], **settings: Any) -> list[Samples]:
+        return [Samples(name=model.name, ms=np.ones(200), block=np.arange(200), threads=1) for model in models]
+
+    monkeypatch.setattr(profiling, "measure", measure)
+
+
+@pytest.mark.usefixtures("steady")
 def test_exit_codes_follow_the_verdict(text_model: Path) -> None:
     assert run(text_model, "--threads", "1", "-q").exit_code == 0
     assert run(text_model, "--threads", "1", "-q", "--latency-p95-ms", "10000").exit_code == 0

@@ -13,7 +13,7 @@ from edgekd.data import DataSpec
 from edgekd.errors import BudgetError, RecipeError
 from edgekd.latency.stats import Samples
 from edgekd.pipeline.setup import prepare
-from edgekd.search import Search, points, strategy
+from edgekd.search import Search, points, reference, strategy
 from edgekd.search.space import Steps, depth_chain, importance_widths, uniform_widths, with_layers
 from edgekd.surgery import Importance
 from edgekd.target import load_target
@@ -124,8 +124,9 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, bias: float = 1.0) -> None:
         self.bias, self.teacher_ms, self.shapes = bias, 10.0, {}
-        monkeypatch.setattr(strategy, "build_graph", self.build)
-        monkeypatch.setattr(strategy, "measure", self.measure)
+        for module in (strategy, reference):
+            monkeypatch.setattr(module, "build_graph", self.build)
+        monkeypatch.setattr(reference, "measure", self.measure)
 
     def build(self, student, arch, importance, ctx, output):
         output.touch()
@@ -217,6 +218,6 @@ def test_wrong_settings_are_refused(settings, message):
 def test_a_fitted_table_predicts_additive_costs(context, monkeypatch):
     clock = Clock(monkeypatch)
     Search(samples=16, checks=0).run(context.teacher, context)
-    table = strategy._read_reference(next(context.cache.glob("latency-*.json"))).table
+    table = reference.read_reference(next(context.cache.glob("latency-*.json"))).table
     shape = replace(context.teacher.arch, layers=context.teacher.arch.layers[:2])
     assert table.predict(shape) == pytest.approx(clock.cost(shape), rel=0.05)
