@@ -1,17 +1,17 @@
 # syntax=docker/dockerfile:1
-# Usage: docker build -t edgekd . && docker run --rm -v "$PWD:/data" edgekd compress teacher --data data --speedup 4 --out run
+# Usage: docker build -t edgekd . && docker run --rm -v "$PWD:/data" edgekd compress teacher --data texts --speedup 4 --out run
 ARG PYTHON=3.11-slim-bookworm
 
 FROM python:${PYTHON} AS builder
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-# The CPU build of torch is an eighth the size of the default one. Another index: --build-arg TORCH_INDEX=…
+# PyPI's torch brings CUDA; where an index has the CPU build, an eighth the size: --build-arg TORCH_INDEX=its address
 ARG TORCH_INDEX=
 RUN python -m venv /opt/edgekd
 COPY pyproject.toml README.md LICENSE /src/
 COPY targets /src/targets
 COPY edgekd /src/edgekd
 RUN python -m pip wheel --no-deps --wheel-dir /wheels /src \
- && /opt/edgekd/bin/pip install --extra-index-url "${TORCH_INDEX}" /wheels/*.whl \
+ && /opt/edgekd/bin/pip install ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} /wheels/*.whl \
  && /opt/edgekd/bin/edgekd --help > /dev/null
 
 FROM python:${PYTHON} AS runtime
