@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,7 @@ import yaml
 
 from edgekd import host
 from edgekd.errors import TargetError, unknown
-
-PROBE = "probe"
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-KINDS = ("cpu", "gpu", "npu")
-SHAPES = ("dynamic", "static")
-SPARSITIES = ("2:4", "block", "channel", "unstructured")
-REACHES = ("local",)
-BUDGETS = ("latency_p95_ms", "speedup", "size_mb", "batch", "sequence")
-GRAPH_LEVELS = ("disabled", "basic", "extended", "all")
+from edgekd.target_fields import FIELDS, PRECISIONS, PROBE, PROBED, REQUIRED, RUNTIMES, check_options
 
 # Without one of these the CPU has no fused 8-bit dot product, and int8 may be no faster than fp32.
 INT8_FEATURES = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"})
@@ -36,7 +28,10 @@ class Target:
 
     A host stands for this target only if its CPU has the features in `requires` and none of those in `excludes`
     (a measurement on a newer CPU would flatter an older one); `features` are those found by `probe`.
-    `to_probe` lists the fields the file leaves to `probe`.
+    `to_probe` lists the fields the file leaves to `probe`. `lowerings` are the forms a model may take on it, preferred
+    first; `operators`, if any, are all that it runs, `unsupported_operators` some that it does not. `cpus` are the ones
+    to stay on, `board` what `/proc/device-tree/model` has to say for this host to stand for the target. `reach` is
+    `local` or `{ssh: {…}}`, `{adb: {…}}`. `sources` says for single keys where their fact comes from, `source` for all.
     """
 
     name: str
@@ -51,13 +46,18 @@ class Target:
     shapes: str = "dynamic"
     options: Mapping[str, Any] = field(default_factory=dict)
     sparsity: tuple[str, ...] = ()
+    lowerings: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
     unsupported_operators: tuple[str, ...] = ()
+    cpus: tuple[int, ...] = ()
+    board: str = ""
     requires: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
     memory_mb: int | None = None
     budget: Mapping[str, float] = field(default_factory=dict)
-    reach: str = "local"
+    reach: str | Mapping[str, Mapping[str, Any]] = "local"
     source: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
     features: tuple[str, ...] = ()
     to_probe: tuple[str, ...] = ()
     path: Path | None = None
@@ -65,6 +65,21 @@ class Target:
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the place of the file, ready for JSON."""
         return {key: value for key, value in asdict(self).items() if key not in ("path", "to_probe")}
+
+    @property
+    def reach_by(self) -> str:
+        """`local`, `ssh` or `adb`."""
+        return self.reach if isinstance(self.reach, str) else next(iter(self.reach))
+
+    @property
+    def reach_settings(self) -> Mapping[str, Any]:
+        """How to reach it, besides the way: host, user, port and so on."""
+        return {} if isinstance(self.reach, str) else self.reach[self.reach_by]
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The lowerings a model may take on it, preferred first."""
+        return self.lowerings or RUNTIMES[self.runtime].lowerings
 
     @property
     def fingerprint(self) -> str:
@@ -137,6 +152,7 @@ def parse(text: str, path: Path) -> Target:
         if problem := _take(str(key), value, values):
             mistakes.append((lines.get(str(key), 1), problem))
     mistakes += [(len(text.splitlines()), f"missing key {key!r}") for key in REQUIRED if key not in data]
+    mistakes += [(lines.get(key, 1), problem) for key, problem in check_options(values)]
     slow = set(values.get("fast_precisions", ())) - set(values.get("precisions", PRECISIONS))
     mistakes += [
         (lines.get("fast_precisions", 1), f"{name} is fast but not among 'precisions'") for name in sorted(slow)
@@ -183,95 +199,3 @@ def _find(name: str) -> Path:
         if (path := folder / f"{name}.yaml").is_file():
             return path
     raise TargetError(f"{unknown('target', name, list_targets())}; or give the path of a .yaml file")
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"expected text, got {value!r}")
-    return value.strip()
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"expected true or false, got {value!r}")
-    return value
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"expected a whole number of at least 1, got {value!r}")
-    return value
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"expected a list of names like [a, b], got {value!r}")
-    return tuple(value)
-
-
-def _one_of(kind: str, choices: tuple[str, ...]) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if value not in choices:
-            raise ValueError(unknown(kind, str(value), choices))
-        return str(value)
-
-    return check
-
-
-def _some_of(kind: str, choices: tuple[str, ...]) -> Callable[[Any], tuple[str, ...]]:
-    check = _one_of(kind, choices)
-    return lambda value: tuple(check(item) for item in _names(value))
-
-
-def _keys_of(kind: str, checks: Mapping[str, Callable[[Any], Any]]) -> Callable[[Any], dict[str, Any]]:
-    def check(value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise TypeError(f"expected `key: value` lines, got {value!r}")
-        wrong = [unknown(kind, str(key), checks) for key in value if key not in checks]
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        return {key: checks[key](item) for key, item in value.items()}
-
-    return check
-
-
-def _positive(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"expected a number over 0, got {value!r}")
-    return float(value)
-
-
-def _entries(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in (*value, *value.values())):
-        raise ValueError(f"expected quoted `key: 'value'` lines, got {value!r}")
-    return dict(value)
-
-
-SESSION_OPTIONS: dict[str, Callable[[Any], Any]] = {
-    "graph_optimization": _one_of("graph optimization level", GRAPH_LEVELS),
-    "disabled_optimizers": _names,
-    "config": _entries,
-}
-
-FIELDS: dict[str, Callable[[Any], Any]] = {
-    "title": _text,
-    "runtime": _text,
-    "providers": _names,
-    "device": _one_of("device", KINDS),
-    "threads": _count,
-    "precisions": _some_of("precision", PRECISIONS),
-    "fast_precisions": _some_of("precision", PRECISIONS),
-    "reduce_range": _flag,
-    "shapes": _one_of("kind of shapes", SHAPES),
-    "options": _keys_of("session option", SESSION_OPTIONS),
-    "sparsity": _some_of("sparsity pattern", SPARSITIES),
-    "unsupported_operators": _names,
-    "requires": _some_of("CPU feature", tuple(host.FEATURES.values())),
-    "excludes": _some_of("CPU feature", tuple(host.FEATURES.values())),
-    "memory_mb": _count,
-    "budget": _keys_of("budget", {key: _count if key in ("batch", "sequence") else _positive for key in BUDGETS}),
-    "reach": _one_of("way to reach a device", REACHES),
-    "source": _text,
-}
-REQUIRED = ("title", "runtime", "device", "precisions", "source")
-PROBED = ("precisions", "fast_precisions", "reduce_range", "threads", "memory_mb")

@@ -55,7 +55,7 @@ def test_all_mistakes_are_told_at_once_with_their_lines() -> None:
         "line 6: the key 'runtime' appears twice",
         "line 7: budget: unknown budget 'latency_p95' (did you mean 'latency_p95_ms'?)",
         "line 8: threads: expected a whole number of at least 1, got 0",
-        "line 9: reach: unknown way to reach a device 'shh'",
+        "line 9: reach: expected local, or one of ssh, adb with its settings, got 'shh'",
         "line 10: options: unknown session option 'graph_optimisation' (did you mean 'graph_optimization'?)",
         "line 11: requires: unknown CPU feature 'avx3' (did you mean 'avx2'?)",
         "line 12: shapes: unknown kind of shapes",

@@ -27,13 +27,16 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 @dataclass(frozen=True)
 class Operator:
-    """Time of all operators of one type on one provider: `calls` per inference, `ms` per inference, `share` of all."""
+    """All operators of one type on one provider: `calls` and `ms` per inference, `share` of the whole time.
+
+    A compiler that places operators without timing them leaves `ms` and `share` None.
+    """
 
     type: str
     provider: str
     calls: float
-    ms: float
-    share: float
+    ms: float | None
+    share: float | None
 
 
 def available_providers() -> tuple[str, ...]:
@@ -68,7 +71,7 @@ def prepare(target: Target, *, threads: int, options: Mapping[str, Any]) -> dict
     }
 
 
-def run(worker: Path, request: Mapping[str, Any], *, folder: Path, timeout: float) -> dict[str, Any]:
+def run(target: Target, worker: Path, request: Mapping[str, Any], *, folder: Path, timeout: float) -> dict[str, Any]:
     """Run the worker in a process of its own, with an environment of its own.
 
     Raises:
@@ -115,7 +118,7 @@ def placement(trace: Path, *, warm_runs: int) -> Sequence[Operator]:
             calls[key] += 1
     everything = sum(total.values()) or 1.0
     rows = [Operator(*key, calls[key] / count, ms / count, ms / everything) for key, ms in total.items()]
-    return sorted(rows, key=lambda row: -row.ms)
+    return sorted(rows, key=lambda row: -(row.ms or 0.0))
 
 
 def worker_environment(*, threads: int) -> dict[str, str]:

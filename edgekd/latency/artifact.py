@@ -9,7 +9,7 @@ from typing import Any
 
 from edgekd.errors import ModelError
 from edgekd.latency.feeds import read_json
-from edgekd.target import SESSION_OPTIONS
+from edgekd.target_fields import SESSION_OPTIONS
 
 MANIFEST = "edgekd.json"
 USUAL_PLACES = ("onnx/model.onnx", "model.onnx")

@@ -174,7 +174,7 @@ class _Work:
         }
         # Loading and the first two rounds are not limited by max_seconds: large models may take minutes for them.
         timeout = 300 + 2 * (settings.max_seconds + settings.warmup_seconds * len(specs))
-        return device_of(self.target).run(WORKER, request, folder=self.folder, timeout=timeout)
+        return device_of(self.target).run(self.target, WORKER, request, folder=self.folder, timeout=timeout)
 
     def weigh(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         """Load time, first inference and peak memory of one model in a fresh process."""

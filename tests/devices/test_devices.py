@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgekd import devices, host
-from edgekd.devices import DEVICES, ort
+from edgekd.devices import COMPILERS, DEVICES, ort
 from edgekd.errors import ModelError, StageError, TargetError
 from edgekd.target import Target, list_targets, load_target
 
@@ -22,7 +22,7 @@ def local() -> Target:
 
 @pytest.mark.parametrize("name", list_targets())
 def test_every_target_names_a_runtime_there_is(name: str) -> None:
-    assert load_target(name).runtime in DEVICES
+    assert load_target(name).runtime in {**DEVICES, **COMPILERS}
 
 
 def test_an_unknown_runtime_is_refused(local: Target) -> None:
@@ -73,7 +73,9 @@ def test_the_models_options_go_before_the_targets(local: Target) -> None:
 def test_a_failing_worker_is_explained(tmp_path: Path, code: str, error: type[Exception], message: str) -> None:
     (tmp_path / "worker.py").write_text(code)
     with pytest.raises(error, match=message):
-        ort.run(tmp_path / "worker.py", REQUEST, folder=tmp_path, timeout=1 if "sleep" in code else 30)
+        ort.run(
+            load_target("local"), tmp_path / "worker.py", REQUEST, folder=tmp_path, timeout=1 if "sleep" in code else 30
+        )
 
 
 def test_the_worker_gets_a_clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:

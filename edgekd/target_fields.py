@@ -1,0 +1,197 @@
+"""The keys of a target file and how each is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgekd import host
+from edgekd.errors import unknown
+
+PROBE = "probe"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+KINDS = ("cpu", "gpu", "npu")
+SHAPES = ("dynamic", "static")
+SPARSITIES = ("2:4", "block", "channel", "unstructured")
+BUDGETS = ("latency_p95_ms", "speedup", "size_mb", "batch", "sequence")
+GRAPH_LEVELS = ("disabled", "basic", "extended", "all")
+Check = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What runs or compiles models: the forms they can take for it, and the options a target may give it.
+
+    A form begins with the name of its precision.
+    """
+
+    lowerings: tuple[str, ...]
+    options: Mapping[str, Check] = field(default_factory=dict)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"expected text, got {value!r}")
+    return value.strip()
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected true or false, got {value!r}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"expected a list of names like [a, b], got {value!r}")
+    return tuple(value)
+
+
+def _one_of(kind: str, choices: tuple[str, ...]) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(unknown(kind, str(value), choices))
+        return str(value)
+
+    return check
+
+
+def _some_of(kind: str, choices: tuple[str, ...]) -> Callable[[Any], tuple[str, ...]]:
+    check = _one_of(kind, choices)
+    return lambda value: tuple(check(item) for item in _names(value))
+
+
+def _keys_of(kind: str, checks: Mapping[str, Callable[[Any], Any]]) -> Callable[[Any], dict[str, Any]]:
+    def check(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise TypeError(f"expected `key: value` lines, got {value!r}")
+        wrong = [unknown(kind, str(key), checks) for key in value if key not in checks]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return {key: checks[key](item) for key, item in value.items()}
+
+    return check
+
+
+def _positive(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"expected a number over 0, got {value!r}")
+    return float(value)
+
+
+def _entries(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in (*value, *value.values())):
+        raise ValueError(f"expected quoted `key: 'value'` lines, got {value!r}")
+    return dict(value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"expected `key: value` lines, got {value!r}")
+    return value
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value or not all(type(item) is int and item >= 0 for item in value):
+        raise ValueError(f"expected a list of CPU numbers like [4, 5], got {value!r}")
+    return tuple(value)
+
+
+def _by_name(check: Check) -> Check:
+    return lambda value: {str(name): check(item) for name, item in _mapping(value).items()}
+
+
+SESSION_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "graph_optimization": _one_of("graph optimization level", GRAPH_LEVELS),
+    "disabled_optimizers": _names,
+    "config": _entries,
+}
+
+RUNTIMES: dict[str, Runtime] = {
+    "onnxruntime": Runtime(
+        lowerings=("fp32", "fp32_fused", "int8_dynamic", "int8_dynamic_fused", "int8_static", "fp16", "int8_qdq"),
+        options={**SESSION_OPTIONS, "provider_options": _by_name(_entries)},
+    ),
+    "openvino": Runtime(
+        lowerings=("fp32", "int8_qdq"),
+        options={"device": _text, "precision": _one_of("precision", ("f32", "bf16", "f16")), "config": _entries},
+    ),
+    "qualcomm": Runtime(
+        lowerings=("int8_qdq", "int16_qdq"),
+        options={"soc": _text, "provider_options": _entries},
+    ),
+    "ethos-u": Runtime(
+        lowerings=("int8_tflite",),
+        options=dict.fromkeys(("accelerator", "system_config", "memory_mode", "config", "optimise"), _text),
+    ),
+}
+
+REACH_OPTIONS: dict[str, dict[str, Check]] = {
+    "ssh": {"host": _text, "user": _text, "port": _count, "identity": _text, "known_hosts": _text, "python": _text,
+            "folder": _text},
+    "adb": {"serial": _text, "python": _text, "folder": _text},
+}  # fmt: skip
+REACH_REQUIRED = {"ssh": ("host",), "adb": ()}
+
+
+def check_options(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Key and text of what is wrong between keys: options and lowerings that the runtime does not have."""
+    runtime = RUNTIMES.get(values.get("runtime", ""))
+    if runtime is None:
+        return
+    for name in values.get("lowerings", ()):
+        if name not in runtime.lowerings:
+            yield "lowerings", unknown(f"lowering for {values['runtime']}", name, runtime.lowerings)
+    try:
+        _keys_of(f"option of {values['runtime']}", runtime.options)(values.get("options", {}))
+    except (TypeError, ValueError) as error:
+        yield "options", f"options: {error}"
+
+
+def _reach(value: Any) -> Any:
+    if value == "local":
+        return value
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in REACH_OPTIONS:
+        raise ValueError(f"expected local, or one of {', '.join(REACH_OPTIONS)} with its settings, got {value!r}")
+    [(way, settings)] = value.items()
+    checked = _keys_of(f"setting of {way}", REACH_OPTIONS[way])(settings or {})
+    for key in REACH_REQUIRED[way]:
+        if key not in checked:
+            raise ValueError(f"{way} needs {key!r}")
+    return {way: checked}
+
+
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    "title": _text,
+    "runtime": _one_of("runtime", tuple(RUNTIMES)),
+    "providers": _names,
+    "device": _one_of("device", KINDS),
+    "threads": _count,
+    "precisions": _some_of("precision", PRECISIONS),
+    "fast_precisions": _some_of("precision", PRECISIONS),
+    "reduce_range": _flag,
+    "shapes": _one_of("kind of shapes", SHAPES),
+    "options": _mapping,
+    "sparsity": _some_of("sparsity pattern", SPARSITIES),
+    "lowerings": _names,
+    "operators": _names,
+    "unsupported_operators": _names,
+    "cpus": _numbers,
+    "board": _text,
+    "requires": _some_of("CPU feature", tuple(host.FEATURES.values())),
+    "excludes": _some_of("CPU feature", tuple(host.FEATURES.values())),
+    "memory_mb": _count,
+    "budget": _keys_of("budget", {key: _count if key in ("batch", "sequence") else _positive for key in BUDGETS}),
+    "reach": _reach,
+    "source": _text,
+    "sources": _entries,
+}
+REQUIRED = ("title", "runtime", "device", "precisions", "source")
+PROBED = ("precisions", "fast_precisions", "reduce_range", "threads", "memory_mb")
