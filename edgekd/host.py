@@ -34,16 +34,22 @@ FEATURES = {
 
 def cpu_name(root: Path = ROOT) -> str:
     """The processor's name as the kernel gives it, else the architecture."""
-    fields = _cpuinfo(root)
+    fields = _fields(_read(root / "proc/cpuinfo"))
     return fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
 
 
 def cpu_features(root: Path = ROOT) -> frozenset[str]:
     """The features among `FEATURES` that this CPU has; empty where they cannot be found out."""
-    fields = _cpuinfo(root)
-    words = (fields.get("flags") or fields.get("Features") or "").split()
-    if not words and sys.platform == "darwin" and platform.machine() == "arm64":
+    text = _read(root / "proc/cpuinfo")
+    if not text and sys.platform == "darwin" and platform.machine() == "arm64":
         return frozenset({"neon", "dotprod"})
+    return features_in(text)
+
+
+def features_in(cpuinfo: str) -> frozenset[str]:
+    """The features among `FEATURES` that the text of a machine's `/proc/cpuinfo` names."""
+    fields = _fields(cpuinfo)
+    words = (fields.get("flags") or fields.get("Features") or "").split()
     return frozenset(FEATURES[word] for word in words if word in FEATURES)
 
 
@@ -86,6 +92,12 @@ def memory_mb(root: Path = ROOT) -> int | None:
     return min([*limits, *([total] if total is not None else [])], default=None)
 
 
+def board(root: Path = ROOT) -> str:
+    """What the device tree calls this machine: its `model` and `compatible` names; empty where there is none."""
+    names = [_read(root / f"proc/device-tree/{key}") for key in ("model", "compatible")]
+    return " ".join(" ".join(names).replace("\0", " ").split())
+
+
 def load_average() -> float | None:
     """Runnable processes, averaged over the last minute; None where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -117,9 +129,9 @@ def _busy_ticks() -> dict[int, int]:
     return ticks
 
 
-def _cpuinfo(root: Path) -> dict[str, str]:
+def _fields(cpuinfo: str) -> dict[str, str]:
     fields: dict[str, str] = {}
-    for line in _read(root / "proc/cpuinfo").splitlines():
+    for line in cpuinfo.splitlines():
         key, colon, value = line.partition(":")
         if colon:
             fields.setdefault(key.strip(), value.strip())

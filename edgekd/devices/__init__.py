@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgekd import host
-from edgekd.devices import ort
+from edgekd.devices import adb, ethos_u, openvino, ort, qualcomm, ssh
 from edgekd.devices.ort import Operator
 from edgekd.errors import TargetError, unknown
 from edgekd.target import Target
@@ -77,9 +77,9 @@ class Compiler(Protocol):
         """
 
 
-DEVICES: dict[str, Device] = {"onnxruntime": ort}
-REACHES: dict[str, Device] = {}
-COMPILERS: dict[str, Compiler] = {}
+DEVICES: dict[str, Device] = {"onnxruntime": ort, "openvino": openvino}
+REACHES: dict[str, Device] = {"ssh": ssh, "adb": adb}
+COMPILERS: dict[str, Compiler] = {"ethos-u": ethos_u, "qualcomm": qualcomm}
 
 
 def is_estimated(target: Target) -> bool:
@@ -118,6 +118,9 @@ def unavailable(target: Target) -> str | None:
     if is_estimated(target):
         return compiler_of(target).unavailable(target)
     if target.reach_by == "local":
+        if target.board and target.board not in host.board():
+            way = "say how to reach one with `reach: {ssh: {host: …}}` in a copy of its target file"
+            return f"this machine is not the target's board ({target.board}); run edgekd there, or {way}"
         features = host.cpu_features()
         lacking = [name for name in target.requires if name not in features]
         if lacking:

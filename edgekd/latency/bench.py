@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgekd import host
-from edgekd.devices import Operator, device_of, unavailable
+from edgekd.devices import Operator, device_of, remote, unavailable
 from edgekd.errors import ModelError, TargetError
 from edgekd.latency.feeds import Feeds, synthesize
 from edgekd.latency.stats import Samples
@@ -62,12 +62,14 @@ def measure(
     sequence: int | None = None,
     threads: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    cpus: Sequence[int] | None = None,
     settings: Settings | None = None,
 ) -> list[Samples]:
     """Time models side by side on a target; latencies in milliseconds, one `Samples` for each model, in order.
 
-    `batch`, `sequence` and `shapes` say which inputs to make up (see `edgekd.latency.feeds`); `threads` None takes
-    the target's. Models measured in one call share their blocks, which makes their ratio free of common drift.
+    `batch`, `sequence` and `shapes` say which inputs to make up (see `edgekd.latency.feeds`); `threads` and `cpus`
+    None take the target's, or else every core and the quietest of them. Models measured in one call share their
+    blocks, which makes their ratio free of common drift.
 
     Raises:
         TargetError: the target cannot be measured from here, or measuring takes too long.
@@ -76,7 +78,7 @@ def measure(
     settings = settings or Settings()
     with tempfile.TemporaryDirectory(prefix="edgekd-latency-") as name:
         folder = Path(name)
-        work = _Work(target, threads, folder, settings)
+        work = _Work(target, threads, cpus, folder, settings)
         feeds = [_feeds(model, batch, sequence, shapes, settings.seed) for model in models]
         specs = [work.spec(index, model, feeds[index]) for index, model in enumerate(models)]
         answer = work.ask("time", specs)
@@ -93,12 +95,13 @@ def measure(
             batch=fed.batch,
             sequence=fed.sequence,
             threads=work.threads,
-            cpus=work.cpus,
+            cpus=tuple(answer["cpus"]),
             load_ms=fact["load_ms"],
             first_ms=fact["first_ms"],
             peak_rss_mb=fact.get("peak_rss_mb"),
             settled=fact["settled"],
             preemptions=answer["preemptions"],
+            facts=answer["host"],
         )
         for model, (ms, block), fed, fact in zip(models, taken, feeds, facts, strict=True)
     ]
@@ -112,6 +115,7 @@ def trace_operators(
     sequence: int | None = None,
     threads: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    cpus: Sequence[int] | None = None,
     runs: int = 50,
     max_seconds: float = 10.0,
 ) -> Sequence[Operator]:
@@ -122,7 +126,7 @@ def trace_operators(
     """
     settings = Settings(warmup_seconds=1.0, max_seconds=max_seconds)
     with tempfile.TemporaryDirectory(prefix="edgekd-latency-") as name:
-        work = _Work(target, threads, Path(name), settings)
+        work = _Work(target, threads, cpus, Path(name), settings)
         spec = work.spec(0, model, _feeds(model, batch, sequence, shapes, settings.seed))
         answer = work.ask("trace", [spec], runs=runs, trace=str(Path(name) / "trace"))
         return device_of(target).placement(Path(name) / answer["trace"], warm_runs=answer["warm_runs"])
@@ -146,12 +150,20 @@ def choose_cpus(threads: int) -> tuple[int, ...]:
 class _Work:
     """What the requests of one measurement share."""
 
-    def __init__(self, target: Target, threads: int | None, folder: Path, settings: Settings) -> None:
+    def __init__(
+        self, target: Target, threads: int | None, cpus: Sequence[int] | None, folder: Path, settings: Settings
+    ) -> None:
         if reason := unavailable(target):
             raise TargetError(f"target {target.name!r} is unavailable: {reason}")
         self.target, self.folder, self.settings = target, folder, settings
-        self.threads = threads or target.threads or probe(target).threads or 1
-        self.cpus = choose_cpus(self.threads)
+        given, is_local = tuple(cpus or target.cpus), target.reach_by == "local"
+        there = len(given) or (None if is_local else remote.usable_cpus(target))
+        usual = target.threads or there or probe(target).threads or 1
+        self.threads = threads or min(usual, len(cpus or ()) or usual)
+        if given and self.threads > len(given):
+            raise TargetError(f"{self.threads} threads asked, but only CPUs {list(given)} to run on: give more of them")
+        # None leaves the choice to the worker, which sees the CPUs of the board it runs on.
+        self.cpus = given or (choose_cpus(self.threads) if is_local else None)
 
     def spec(self, index: int, model: Subject, feeds: Feeds) -> dict[str, Any]:
         """One model of a request."""
@@ -167,7 +179,7 @@ class _Work:
         request = {
             "job": job,
             "subjects": list(specs),
-            "cpus": list(self.cpus),
+            "cpus": self.cpus,
             "samples": str(self.folder / "samples.npz"),
             **vars(settings),
             **more,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from edgekd.latency.plain import plain
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -30,6 +32,11 @@ class Samples:
     together share the blocks. `load_ms`, `first_ms` are the time to load and the first inference; `peak_rss_mb` the
     peak memory of a process of its own (Python and the runtime included). `settled` says whether the warm-up came to
     rest, `preemptions` how often the system took a core away while samples were taken.
+
+    `facts` are what the measuring process found on its machine, None or left out where that machine does not say:
+    `cpu`, `governor`, `python`, `runtime` (text), `load` (average before it began), `max_mhz` of the CPUs used, and
+    just before and just after timing (both warm) `celsius_before`, `celsius_after` (hottest zone), `mhz_before`,
+    `mhz_after` (slowest CPU used).
     """
 
     name: str
@@ -44,6 +51,7 @@ class Samples:
     peak_rss_mb: float | None = None
     settled: bool = True
     preemptions: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +92,7 @@ class Measurement:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest's latency object: figures to five significant digits, infinite ends as None."""
-        return {key: _plain(value) for key, value in vars(self).items() if value not in ("", ())}
+        return {key: plain(value) for key, value in vars(self).items() if value not in ("", ())}
 
 
 def unavailable(target: str, reason: str, *, batch: int = 1, sequence: int | None = None) -> Measurement:
@@ -207,7 +215,8 @@ def medians(ms: Floats, index: Integers, blocks: int) -> Floats:
 def run_length(series: Floats) -> int:
     """How many neighbouring blocks to draw together: one plus twice the sum of significant autocorrelations of ranks.
 
-    Twice that again, since runs cut at their ends lose part of the correlation, and at most a sixth of the blocks.
+    Three times that, since runs cut at their ends and the noise within blocks hide part of the correlation (see
+    `bench/verdict_simulation.py`), and at most a sixth of the blocks.
     """
     count = len(series)
     if count < 12:
@@ -217,10 +226,10 @@ def run_length(series: Floats) -> int:
     total, variance = 0.0, float(ranks @ ranks)
     for lag in range(1, count // 3):
         correlation = float(ranks[:-lag] @ ranks[lag:]) / variance
-        if correlation < 1.5 / math.sqrt(count):
+        if correlation < 1 / math.sqrt(count):
             break
         total += correlation
-    return max(1, min(math.ceil(1 + 4 * total), count // 6))
+    return max(1, min(math.ceil(1 + 6 * total), count // 6))
 
 
 def resample(blocks: int, length: int, *, seed: int, replicates: int = REPLICATES) -> Floats:
@@ -259,8 +268,12 @@ def expanded_percentiles(replicates: Floats, level: float, blocks: float) -> Int
 
 
 def join(parts: Sequence[Samples]) -> Samples:
-    """Samples of one model from several looks, one after the other; blocks are numbered on."""
+    """Samples of one model from several looks, one after the other; blocks are numbered on.
+
+    Facts are the first look's, but those from after timing the last look's.
+    """
     first, block, offset = parts[0], [], 0
+    ends = {key: value for key, value in parts[-1].facts.items() if key.endswith("_after")}
     for part in parts:
         block.append(part.block + offset)
         offset += int(part.block.max()) + 1
@@ -271,6 +284,7 @@ def join(parts: Sequence[Samples]) -> Samples:
             "block": np.concatenate(block),
             "settled": all(part.settled for part in parts),
             "preemptions": sum(part.preemptions for part in parts),
+            "facts": {**first.facts, **ends},
         }
     )
 
@@ -283,11 +297,3 @@ def _value_at(ordered: Floats, share: float, otherwise: float) -> float:
 def _within(samples: Samples, labels: Integers) -> tuple[Floats, Integers]:
     kept = np.isin(samples.block, labels)
     return samples.ms[kept], np.searchsorted(labels, samples.block[kept])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    return value

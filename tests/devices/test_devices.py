@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgekd import devices, host
-from edgekd.devices import COMPILERS, DEVICES, ort
+from edgekd.devices import COMPILERS, DEVICES, ort, process
 from edgekd.errors import ModelError, StageError, TargetError
 from edgekd.target import Target, list_targets, load_target
 
@@ -53,7 +53,8 @@ def test_the_models_options_go_before_the_targets(local: Target) -> None:
     target = Target(**{**vars(local), "options": options})
     prepared = ort.prepare(target, threads=2, options={"graph_optimization": "all", "config": {"y": "2"}})
     assert prepared == {
-        "providers": ["CPUExecutionProvider"],
+        "engine": "onnxruntime",
+        "providers": [["CPUExecutionProvider", {}]],
         "threads": 2,
         "graph_optimization": "all",
         "disabled_optimizers": ["A"],
@@ -81,7 +82,7 @@ def test_a_failing_worker_is_explained(tmp_path: Path, code: str, error: type[Ex
 def test_the_worker_gets_a_clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    environment = ort.worker_environment(threads=2)
+    environment = process.environment(2)
     assert environment["OMP_NUM_THREADS"] == "2"
     assert "MALLOC_ARENA_MAX" not in environment
 
