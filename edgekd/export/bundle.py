@@ -1,7 +1,7 @@
 """The deployable folder: ONNX, Hugging Face config, tokenizer or image processor, model card, manifest.
 
 Layout: `onnx/model.onnx`, `config.json`, processor files, `README.md`, `edgekd.json`. optimum's ORTModel classes,
-transformers.js and bare onnxruntime load it as it is.
+transformers.js and bare onnxruntime load it as it is. A target that takes no ONNX has `tflite/model.tflite` instead.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ARTIFACT = "onnx/model.onnx"
 MANIFEST = "edgekd.json"
 
 
-def assemble(folder: Path, *, artifact: Path, student: Student) -> None:
-    """Lay out everything but the manifest and the card in `folder`."""
-    (folder / "onnx").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(artifact, folder / ARTIFACT)
+def assemble(folder: Path, *, artifact: Path, student: Student, place: str = ARTIFACT) -> None:
+    """Lay out everything but the manifest and the card in `folder`; `place` is where in it the artifact goes."""
+    (folder / place).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(artifact, folder / place)
     config = {key: value for key, value in student.model.config.to_dict().items() if key != SECTION}
     config["architectures"] = [type(student.model).__name__]
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Lowerings: the forms a float ONNX graph can take on an ONNX Runtime target.
+"""Lowerings: the forms a float ONNX graph can take on a target.
 
-A lowering is a precision (`fp32`, `int8_dynamic`, `int8_static`), with or without the `_fused` graph passes. Which
-one ships is decided by accuracy and by measurement, never by rule.
+A lowering is a precision (`fp32`, `fp16`, `int8_dynamic`, `int8_static`, `int8_qdq`, `int16_qdq`), with or without the
+`_fused` graph passes. Which one ships is decided by accuracy and by measurement, never by rule.
 """
 
 from __future__ import annotations
@@ -15,52 +15,96 @@ from typing import Any
 import numpy as np
 
 from edgekd.errors import RecipeError, unknown
+from edgekd.export.half import to_half
 from edgekd.export.onnx import quiet_export, save_checked
+from edgekd.export.qdq import full_qdq, multiplied_qdq
+from edgekd.export.static import declare_domains, fix_shapes
+from edgekd.target_fields import RUNTIMES
 
 Ranges = Mapping[str, tuple[float, float]]
 Feeds = Mapping[str, np.ndarray]
 
-LOWERINGS = ("fp32", "fp32_fused", "int8_dynamic", "int8_dynamic_fused", "int8_static")
+LOWEST = float(np.finfo(np.float32).min)
+# Made from the torch model instead, see the target's device.
+NOT_FROM_ONNX = ("int8_tflite",)
+LOWERINGS = tuple(
+    dict.fromkeys(name for runtime in RUNTIMES.values() for name in runtime.lowerings if name not in NOT_FROM_ONNX)
+)
+CALIBRATED = ("int8_static", "int8_qdq", "int16_qdq")
 STATIC_OPERATORS = ("MatMul", "Gemm", "Conv")
 
 
 def precision_of(lowering: str) -> str:
-    """`int8_dynamic_fused` -> `int8`."""
-    return lowering.split("_")[0]
+    """`int8_dynamic_fused` -> `int8`; `int16_qdq` is int8 too, by its weights: only its activations have 16 bits."""
+    return "int8" if lowering == "int16_qdq" else lowering.split("_")[0]
 
 
-def lower(source: Path, output: Path, lowering: str, *, ranges: Ranges | None = None, model_type: str = "") -> Path:
+def operators_to_calibrate(lowering: str) -> Sequence[str] | None:
+    """What `calibrate` must look at for a lowering of `CALIBRATED`: types of operators, None for all."""
+    return STATIC_OPERATORS if lowering == "int8_static" else None
+
+
+def lower(
+    source: Path,
+    output: Path,
+    lowering: str,
+    *,
+    ranges: Ranges | None = None,
+    model_type: str = "",
+    batch: int | None = None,
+    sequence: int | None = None,
+    symmetric: bool = False,
+) -> Path:
     """Write `source` (float ONNX) in the form of one lowering.
 
     Args:
         source: float32 ONNX file.
         output: file to write.
         lowering: a name of `LOWERINGS`.
-        ranges: activation ranges of `calibrate`, for the static lowerings.
+        ranges: activation ranges of `calibrate`, for the lowerings of `CALIBRATED`.
         model_type: transformers model type; chooses the attention fusion.
+        batch: fix all shapes, with this batch; None leaves free dimensions free.
+        sequence: the sequence length to fix shapes with, for models that have one.
+        symmetric: for `int8_qdq`: zero points 0 and only the inputs of MatMul, Gemm and Conv, as TensorRT wants it.
 
     Raises:
-        RecipeError: unknown lowering, or a static one without ranges.
+        RecipeError: unknown lowering, one that is not made from ONNX, or a calibrated one without ranges.
+        ModelError: shapes are to be fixed, and a free dimension is neither batch nor sequence.
     """
     import onnx
 
+    if lowering in NOT_FROM_ONNX:
+        raise RecipeError(f"{lowering} is made from the torch model by the target's compiler, not from ONNX")
     if lowering not in LOWERINGS:
         raise RecipeError(unknown("lowering", lowering, LOWERINGS))
-    if lowering.startswith("int8_static") and ranges is None:
+    if lowering in CALIBRATED and ranges is None:
         raise RecipeError(f"{lowering} needs activation ranges; run the quantize stage first")
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch, quiet_export():
         graph = onnx.load(source)
-        if lowering.endswith("_fused"):
-            graph = fuse(graph, model_type)
-        if lowering.startswith("int8_dynamic"):
-            graph = _dynamic(graph, Path(scratch))
-        elif lowering.startswith("int8_static"):
-            graph = _static(graph, Path(scratch), ranges or {})
-            graph = _dynamic(graph, Path(scratch), operators=["Gather"])
-        if lowering not in ("fp32", "int8_dynamic"):
-            keep_residuals_apart(graph)
-        save_checked(_declare_domains(graph), output)
+        if batch is not None or sequence is not None:
+            graph = fix_shapes(graph, batch=batch or 1, sequence=sequence)
+        graph = _transform(graph, lowering, ranges or {}, model_type, symmetric, Path(scratch))
+        save_checked(declare_domains(graph), output)
     return output
+
+
+def _transform(graph: Any, lowering: str, ranges: Ranges, model_type: str, symmetric: bool, scratch: Path) -> Any:
+    if lowering == "fp16":
+        return to_half(graph)
+    if lowering == "int8_qdq" and symmetric:
+        return multiplied_qdq(graph, ranges, scratch)
+    if lowering in ("int8_qdq", "int16_qdq"):
+        return full_qdq(graph, ranges, scratch, activation_bits=16 if lowering == "int16_qdq" else 8)
+    if lowering.endswith("_fused"):
+        graph = fuse(graph, model_type)
+    if lowering.startswith("int8_dynamic"):
+        graph = _dynamic(graph, scratch)
+    elif lowering == "int8_static":
+        graph = _static(graph, scratch, ranges)
+        graph = _dynamic(graph, scratch, operators=["Gather"])
+    if lowering not in ("fp32", "int8_dynamic"):
+        keep_residuals_apart(graph)
+    return graph
 
 
 def fuse(graph: Any, model_type: str) -> Any:
@@ -82,7 +126,7 @@ def fuse(graph: Any, model_type: str) -> Any:
     fused: BertOnnxModel = optimize_by_fusion(
         copy.deepcopy(graph), kind, num_heads=0, hidden_size=0, optimization_options=options
     )
-    return _declare_domains(fused.model)
+    return declare_domains(fused.model)
 
 
 def keep_residuals_apart(graph: Any) -> int:
@@ -100,8 +144,15 @@ def keep_residuals_apart(graph: Any) -> int:
     return count
 
 
-def calibrate(source: Path, feeds: Sequence[Feeds]) -> dict[str, tuple[float, float]]:
-    """Minimum and maximum of every tensor that a static lowering quantizes, over the given inputs.
+def calibrate(
+    source: Path, feeds: Sequence[Feeds], *, operators: Sequence[str] | None = STATIC_OPERATORS
+) -> dict[str, tuple[float, float]]:
+    """Minimum and maximum of every tensor that a calibrated lowering quantizes, over the given inputs.
+
+    Args:
+        source: float32 ONNX file.
+        feeds: arrays by input name.
+        operators: types of operators whose inputs and outputs count, None for all; see `operators_to_calibrate`.
 
     Raises:
         RecipeError: no inputs, or a tensor without a finite range.
@@ -113,7 +164,7 @@ def calibrate(source: Path, feeds: Sequence[Feeds]) -> dict[str, tuple[float, fl
     with tempfile.TemporaryDirectory() as scratch, quiet_export():
         calibrator = create_calibrator(
             source,
-            list(STATIC_OPERATORS),
+            None if operators is None else list(operators),
             augmented_model_path=str(Path(scratch) / "augmented.onnx"),
             calibrate_method=CalibrationMethod.MinMax,
         )
@@ -123,6 +174,8 @@ def calibrate(source: Path, feeds: Sequence[Feeds]) -> dict[str, tuple[float, fl
     ranges = {}
     for name, value in data.items():
         low, high = (float(np.asarray(x).reshape(-1)[0]) for x in value.range_value)
+        if operators is None and low == -np.inf:
+            low = LOWEST  # a mask's "never", which the lowering rewrites
         if not (np.isfinite(low) and np.isfinite(high)):
             raise RecipeError(
                 f"calibration met a tensor without a finite range ({name}); check the data for bad values"
@@ -191,14 +244,3 @@ def _static(graph: Any, scratch: Path, ranges: Ranges) -> Any:
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     return quantizer.model.model
-
-
-def _declare_domains(graph: Any) -> Any:
-    """Import exactly the operator sets that nodes use: fusions forget theirs, and unused ones trouble some runtimes."""
-    from onnx import helper
-
-    versions = {imported.domain: imported.version for imported in graph.opset_import}
-    used = {node.domain for node in graph.graph.node} | {""}
-    del graph.opset_import[:]
-    graph.opset_import.extend([helper.make_opsetid(domain, versions.get(domain, 1)) for domain in sorted(used)])
-    return graph
