@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Interval, MinLen
 
 from edgekd import yaml_lines
+from edgekd.constraints import constraint_mistakes, fill_budget
 from edgekd.context import Budget
 from edgekd.draft import Draft, dotted
 from edgekd.errors import RecipeError, nearest, unknown
@@ -117,7 +118,8 @@ def load_recipe(
     """Read a recipe from a file or start from a preset, lay `values` over it, then each `key.key=value` override.
 
     `values` is nested like the file (`{"budget": {"speedup": 4}}`). A recipe without stages gets those of `balanced`.
-    With `paths`, what the recipe names (data, teacher, targets, task) must exist, as far as that is cheap to see.
+    With `paths`, what the recipe names (data, teacher, targets, task) must exist, as far as that is cheap to see, and
+    the targets must be able to do what is asked (`edgekd.constraints`). What the budget leaves open, the targets fill.
 
     Raises:
         RecipeError: all mistakes, one a line, each with file and line (or `--set`), key, what was expected, what was
@@ -219,6 +221,7 @@ def _override(draft: Draft, override: str) -> None:
 def _check(draft: Draft, paths: bool) -> Recipe | None:
     """Turn a draft into a recipe, or note all that is wrong with it."""
     mistakes: list[Mistake] = []
+    fill_budget(draft)
     keys = keys_of(Recipe)
     del keys["max_rounds"]
     sections = {name: Key(Any, keys[name].default) for name in _SECTIONS}
@@ -230,7 +233,10 @@ def _check(draft: Draft, paths: bool) -> Recipe | None:
     if draft.found:
         return None
     max_rounds = parts["budget"].pop("max_rounds")
-    return Recipe(**{**values, **parts, "budget": Budget(**parts["budget"]), "max_rounds": max_rounds})
+    budget = Budget(**parts["budget"])
+    for mistake in constraint_mistakes(budget, parts["stages"], values["targets"]) if paths else ():
+        draft.report(mistake)
+    return None if draft.found else Recipe(**{**values, **parts, "budget": budget, "max_rounds": max_rounds})
 
 
 def _data(raw: Any, mistakes: list[Mistake]) -> Data | None:

@@ -16,7 +16,7 @@ import yaml
 
 from edgekd import host
 from edgekd.errors import TargetError, unknown
-from edgekd.target_fields import FIELDS, PRECISIONS, PROBE, PROBED, REQUIRED, RUNTIMES, check_options
+from edgekd.target_fields import FIELDS, PRECISIONS, PROBE, PROBED, REQUIRED, RUNTIMES, check_options, form_precision
 
 # Without one of these the CPU has no fused 8-bit dot product, and int8 may be no faster than fp32.
 INT8_FEATURES = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"})
@@ -29,9 +29,11 @@ class Target:
     A host stands for this target only if its CPU has the features in `requires` and none of those in `excludes`
     (a measurement on a newer CPU would flatter an older one); `features` are those found by `probe`.
     `to_probe` lists the fields the file leaves to `probe`. `lowerings` are the forms a model may take on it, preferred
-    first; `operators`, if any, are all that it runs, `unsupported_operators` some that it does not. `cpus` are the ones
-    to stay on, `board` what `/proc/device-tree/model` has to say for this host to stand for the target. `reach` is
-    `local` or `{ssh: {…}}`, `{adb: {…}}`. `sources` says for single keys where their fact comes from, `source` for all.
+    first; `symmetric` says that quantized activations must be centred on zero. `operators`, if any, are all that it
+    runs, `unsupported_operators` some that it does not. `max_batch` is the most examples at once. `cpus` are those to
+    stay on, `board` what the device tree's `model` or `compatible` has to say for this host to stand for the target.
+    `reach` is `local` or `{ssh: {…}}`, `{adb: {…}}`. `sources` says for single keys where their fact comes from,
+    `source` for all.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Target:
     options: Mapping[str, Any] = field(default_factory=dict)
     sparsity: tuple[str, ...] = ()
     lowerings: tuple[str, ...] = ()
+    symmetric: bool = False
+    max_batch: int | None = None
     operators: tuple[str, ...] = ()
     unsupported_operators: tuple[str, ...] = ()
     cpus: tuple[int, ...] = ()
@@ -78,8 +82,17 @@ class Target:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The lowerings a model may take on it, preferred first."""
-        return self.lowerings or RUNTIMES[self.runtime].lowerings
+        """The lowerings a model may take on it, preferred first: the file's, or the usual ones of its precisions."""
+        if self.lowerings:
+            return self.lowerings
+        runtime = RUNTIMES[self.runtime]
+        usual = runtime.usual.get(self.device, runtime.lowerings)
+        return tuple(form for form in usual if form_precision(form) in self.precisions) or usual
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a model's shapes must be fixed before it runs there."""
+        return self.shapes == "static"
 
     @property
     def fingerprint(self) -> str:
@@ -128,7 +141,9 @@ def probe(target: Target) -> Target:
         "memory_mb": host.memory_mb(),
     }
     found = {key: value for key, value in found.items() if key in target.to_probe}
-    found["threads"] = target.threads or (host.usable_cores() if target.device == "cpu" else 1)
+    # How many cores a board has is asked when it is reached.
+    cores = host.usable_cores() if target.reach_by == "local" else None
+    found["threads"] = target.threads or len(target.cpus) or (cores if target.device == "cpu" else 1)
     return replace(target, features=tuple(sorted(features)), to_probe=(), **found)
 
 

@@ -23,11 +23,18 @@ Check = Callable[[Any], Any]
 class Runtime:
     """What runs or compiles models: the forms they can take for it, and the options a target may give it.
 
-    A form begins with the name of its precision.
+    A form begins with the name of its precision (see `form_precision`). `usual` are the forms, preferred first, for a
+    kind of device whose target file names none.
     """
 
     lowerings: tuple[str, ...]
+    usual: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     options: Mapping[str, Check] = field(default_factory=dict)
+
+
+def form_precision(form: str) -> str:
+    """`int8_dynamic` -> `int8`; `int16_qdq` has 8-bit weights too, only its activations have 16 bits."""
+    return "int8" if form == "int16_qdq" else form.split("_")[0]
 
 
 def _text(value: Any) -> str:
@@ -117,6 +124,11 @@ SESSION_OPTIONS: dict[str, Callable[[Any], Any]] = {
 RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": Runtime(
         lowerings=("fp32", "fp32_fused", "int8_dynamic", "int8_dynamic_fused", "int8_static", "fp16", "int8_qdq"),
+        usual={
+            "cpu": ("int8_dynamic", "int8_dynamic_fused", "int8_static", "fp32_fused", "fp32"),
+            "gpu": ("fp16", "int8_qdq", "fp32_fused", "fp32"),
+            "npu": ("int8_qdq", "fp16", "fp32"),
+        },
         options={**SESSION_OPTIONS, "provider_options": _by_name(_entries)},
     ),
     "openvino": Runtime(
@@ -141,6 +153,14 @@ REACH_OPTIONS: dict[str, dict[str, Check]] = {
 REACH_REQUIRED = {"ssh": ("host",), "adb": ()}
 
 
+FACTS = (
+    "precisions", "fast_precisions", "reduce_range", "shapes", "options", "sparsity", "lowerings", "symmetric",
+    "max_batch", "operators", "unsupported_operators", "cpus", "threads", "board", "requires", "excludes", "memory_mb",
+    "budget",
+)  # fmt: skip
+"""Keys that state a fact of the device; a shipped file says in `sources` where each is from."""
+
+
 def check_options(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Key and text of what is wrong between keys: options and lowerings that the runtime does not have."""
     runtime = RUNTIMES.get(values.get("runtime", ""))
@@ -149,6 +169,9 @@ def check_options(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in values.get("lowerings", ()):
         if name not in runtime.lowerings:
             yield "lowerings", unknown(f"lowering for {values['runtime']}", name, runtime.lowerings)
+    for name in values.get("sources", ()):
+        if name not in values and name not in PROBED:
+            yield "sources", f"sources: {name!r} is not a key of this file"
     try:
         _keys_of(f"option of {values['runtime']}", runtime.options)(values.get("options", {}))
     except (TypeError, ValueError) as error:
@@ -181,6 +204,8 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "options": _mapping,
     "sparsity": _some_of("sparsity pattern", SPARSITIES),
     "lowerings": _names,
+    "symmetric": _flag,
+    "max_batch": _count,
     "operators": _names,
     "unsupported_operators": _names,
     "cpus": _numbers,

@@ -4,20 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from edgekd import host, target
 from edgekd.cli import main
 from edgekd.errors import TargetError
 from edgekd.target import list_targets, load_target, parse, probe, shipped_targets_dir
+from edgekd.target_fields import FACTS
 
 WRONG = """\
 title: 3
 thread: 2
 precisions: [fp31]
 fast_precisions: [int8]
-runtime: onnxruntime
 runtime: other
+runtime: onnxruntime
 budget: {latency_p95: 4}
 threads: 0
 reach: shh
@@ -56,7 +58,7 @@ def test_all_mistakes_are_told_at_once_with_their_lines() -> None:
         "line 7: budget: unknown budget 'latency_p95' (did you mean 'latency_p95_ms'?)",
         "line 8: threads: expected a whole number of at least 1, got 0",
         "line 9: reach: expected local, or one of ssh, adb with its settings, got 'shh'",
-        "line 10: options: unknown session option 'graph_optimisation' (did you mean 'graph_optimization'?)",
+        "line 10: options: unknown option of onnxruntime 'graph_optimisation' (did you mean 'graph_optimization'?)",
         "line 11: requires: unknown CPU feature 'avx3' (did you mean 'avx2'?)",
         "line 12: shapes: unknown kind of shapes",
         "line 13: memory_mb: expected a whole number",
@@ -167,3 +169,36 @@ def test_targets_are_listed_shown_and_checked(tmp_path: Path) -> None:
     assert (
         "unknown runtime 'onnx'" in CliRunner().invoke(main, ["targets", "check", str(tmp_path / "right.yaml")]).stderr
     )
+
+
+@pytest.mark.parametrize("name", [path.stem for path in shipped_targets_dir().glob("*.yaml")])
+def test_every_fact_of_a_shipped_target_has_a_source(name: str) -> None:
+    path = shipped_targets_dir() / f"{name}.yaml"
+    stated = set(yaml.safe_load(path.read_text(encoding="utf-8")))
+    sources = load_target(path).sources
+    assert stated & set(FACTS) <= set(sources), f"no source for {sorted(stated & set(FACTS) - set(sources))}"
+    assert all("/work" not in text and "/tmp" not in text for text in sources.values())
+
+
+def test_a_source_must_be_of_a_key_in_the_file() -> None:
+    with pytest.raises(TargetError, match="line 6: sources: 'memory' is not a key of this file"):
+        parse(RIGHT + "sources: {precisions: its datasheet, memory: a guess}\n", Path("mine.yaml"))
+
+
+def test_a_target_without_forms_has_those_of_its_precisions() -> None:
+    cpu = parse(RIGHT, Path("box.yaml"))
+    assert cpu.forms == ("int8_dynamic", "int8_dynamic_fused", "int8_static", "fp32_fused", "fp32")
+    assert parse(RIGHT.replace(", int8", ""), Path("box.yaml")).forms == ("fp32_fused", "fp32")
+    gpu = RIGHT.replace("device: cpu", "device: gpu").replace("[fp32, int8]", "[fp32, fp16]")
+    assert parse(gpu, Path("box.yaml")).forms == ("fp16", "fp32_fused", "fp32")
+    assert parse(RIGHT + "lowerings: [fp32]\n", Path("box.yaml")).forms == ("fp32",)
+
+
+def test_every_target_says_how_its_latency_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.loads(CliRunner().invoke(main, ["targets", "--json"]).stdout)["targets"]
+    kinds = {row["name"]: row["latency"] for row in rows}
+    assert kinds["local"] == "measured"
+    assert set(kinds.values()) <= {"measured", "vendor_estimate", "unavailable"}
+    assert all(row["reason"] for row in rows if row["latency"] == "unavailable")
+    orin = next(row for row in rows if row["name"] == "gpu-jetson-orin")
+    assert "reach: {ssh: {host: …}}" in orin["reason"]

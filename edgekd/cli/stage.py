@@ -39,7 +39,7 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
         progress = start(as_json=as_json, quiet=quiet, verbose=verbose)
         if settings["data"] is None:
             raise click.UsageError("give --data: the stage looks at examples")
-        from edgekd.context import Budget
+        from edgekd.constraints import budget_of, require
         from edgekd.data import DataSpec
         from edgekd.stages import build_stage
         from edgekd.target import load_target, probe
@@ -47,14 +47,17 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
         stage = build_stage(name, parse_settings(overrides))
         section = data_section(settings)
         max_length = section.pop("max_length", None)
+        device = probe(load_target(target))
+        budget = budget_of(device, budget_section(settings))
+        require(device, budget, {name: stage})
         from edgekd.pipeline.alone import Alone, run_alone
 
         asked = Alone(
             model=model,
             teacher=teacher,
             data=DataSpec(**section, seed=seed),
-            target=probe(load_target(target)),
-            budget=Budget(**budget_section(settings)),
+            target=device,
+            budget=budget,
             lowering=lowering,
             max_length=max_length,
             seed=seed,

@@ -32,7 +32,9 @@ def command(ctx: click.Context, as_json: bool, quiet: bool, verbose: bool) -> No
 @command.command("list")
 @output_options
 def list_command(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """List the targets of ./targets and the shipped ones, and which can be measured from here.
+    """List the targets of ./targets and the shipped ones, and how their latency is known from here.
+
+    It is measured, or the estimate of the vendor's compiler, or unavailable, with the reason.
 
     \b
     Example:
@@ -55,7 +57,7 @@ def show_command(name: str, as_json: bool, quiet: bool, verbose: bool) -> None:
     """
     start(as_json=as_json, quiet=quiet, verbose=verbose)
     target = probe(load_target(name))
-    facts = {**target.to_dict(), **_reachable(target), **_host_facts()}
+    facts = {**target.to_dict(), "forms": target.forms, **_reachable(target), **_host_facts()}
     finish(facts, as_json=as_json, text=lambda: _print_facts(facts))
 
 
@@ -69,13 +71,15 @@ def check_command(file: Path, as_json: bool, quiet: bool, verbose: bool) -> None
     Example:
       edgekd targets check targets/my-board.yaml
     """
-    from edgekd.devices import device_of
+    from edgekd.devices import device_of, is_estimated
 
     start(as_json=as_json, quiet=quiet, verbose=verbose)
     target = load_target(str(file.resolve()) if file.exists() else str(file))
-    device_of(target)
+    if not is_estimated(target):
+        device_of(target)
     result = {"name": target.name, "valid": True, **_reachable(target)}
-    finish(result, as_json=as_json, text=lambda: click.echo(f"{file}: target {target.name!r} is valid"))
+    line = f"{file}: target {target.name!r} is valid; latency: {_said(result)}"
+    finish(result, as_json=as_json, text=lambda: click.echo(line))
 
 
 def _row(target: Target) -> dict[str, Any]:
@@ -85,10 +89,16 @@ def _row(target: Target) -> dict[str, Any]:
 
 
 def _reachable(target: Target) -> dict[str, Any]:
-    from edgekd.devices import unavailable
+    """How the latency is known from here: `measured`, `vendor_estimate` or `unavailable` with the reason."""
+    from edgekd.devices import is_estimated, unavailable
 
-    reason = unavailable(target)
-    return {"available": reason is None, **({"reason": reason} if reason else {})}
+    if reason := unavailable(target):
+        return {"available": False, "latency": "unavailable", "reason": reason}
+    return {"available": True, "latency": "vendor_estimate" if is_estimated(target) else "measured"}
+
+
+def _said(row: dict[str, Any]) -> str:
+    return str(row["latency"]).replace("_", " ") + (f": {row['reason']}" if "reason" in row else "")
 
 
 def _host_facts() -> dict[str, Any]:
@@ -99,28 +109,38 @@ def _host_facts() -> dict[str, Any]:
     return {"host": facts}
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _print_rows(rows: list[dict[str, Any]]) -> None:
+    """The table, and below it why some targets are unavailable: the reasons are too long for a column."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("target", "device", "runtime", "precisions (fast ones *)", "measurable here"):
-        table.add_column(title)
+    for title in ("target", "runtime", "precisions (fast ones *)", "latency from here"):
+        table.add_column(title, no_wrap=True)
     for row in rows:
         fast = [f"{name}*" if name in row["fast_precisions"] else name for name in row["precisions"]]
-        here = "yes" if row["available"] else f"no: {row['reason']}"
-        table.add_row(row["name"], f"{row['title']} ({row['device']})", row["runtime"], " ".join(fast), here)
-    Console().print(table)
+        table.add_row(row["name"], row["runtime"], " ".join(fast), str(row["latency"]).replace("_", " "))
+    Console(markup=False).print(table)
+    for row in rows:
+        if "reason" in row:
+            click.echo(f"{row['name']}: {row['reason']}")
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
     for key, value in {**facts, **facts.get("host", {})}.items():
-        if key != "host" and value not in ((), {}, None, ""):
-            table.add_row(key, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
-    Console(highlight=False).print(table)
+        if key not in ("host", "lowerings", "available") and value not in ((), {}, None, ""):
+            table.add_row(key, Text(_shown(value)))
+    Console(highlight=False, markup=False).print(table)

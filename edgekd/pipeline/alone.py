@@ -14,7 +14,7 @@ from edgekd.distill.processes import this_process
 from edgekd.errors import StoreError
 from edgekd.files import explained, publish, write_json
 from edgekd.pipeline.artifact import build
-from edgekd.pipeline.setup import Setup, prepare
+from edgekd.pipeline.setup import Setup, fitted, prepare
 from edgekd.pipeline.stages import check_promises, plain
 from edgekd.stages import Stage
 from edgekd.student import Student, load_student
@@ -48,6 +48,7 @@ def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: 
     if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or (final / RECORD).is_file())):
         raise StoreError(f"will not replace {final}: it was not made by an edgekd stage; choose another --out")
     setup = prepare(asked.teacher or asked.model, asked.data, max_length=asked.max_length, progress=progress)
+    setup = fitted(setup, asked.target, asked.budget)
     student = load_student(asked.model, auto_class=setup.task.auto_class)
     work = final.parent / f".{final.name}.work"
     with explained("write", work):

@@ -13,7 +13,9 @@ from edgekd.tasks import get_task
 
 
 def evaluate(bundle: str | Path, spec: DataSpec, *, max_length: int | None = None) -> dict[str, Any]:
-    """Run the bundle's ONNX file over the test split (else validation, else all there is), one example at a time.
+    """Run the bundle's artifact over the test split (else validation, else all there is), one example at a time.
+
+    Where its shapes are fixed, longer texts are cut to its sequence length, as they would be on the device.
 
     Returns:
         `metric`, `split`, `value`, `ci95` (Wilson) and `n`.
@@ -27,6 +29,9 @@ def evaluate(bundle: str | Path, spec: DataSpec, *, max_length: int | None = Non
     task = get_task(manifest["task"])
     names = {int(index): str(name) for index, name in read_config(folder)["id2label"].items()}
     split, examples = load_evaluation(spec, kind=task.kind, id2label=names)
+    length = manifest["artifact"].get("fixed", {}).get("sequence")
+    if length is not None:
+        max_length = min(max_length or length, length)
     encoded = task.encode(task.load_processor(folder), examples, max_length)
     file = folder / manifest["artifact"]["file"]
     return {"bundle": str(folder), "split": split, **score(file, task, encoded)}

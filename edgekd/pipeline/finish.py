@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -14,13 +15,16 @@ import numpy as np
 from edgekd import __version__
 from edgekd.context import Budget
 from edgekd.export.bundle import ARTIFACT, assemble, seal
-from edgekd.export.onnx import OPSET
+from edgekd.export.lower import NOT_FROM_ONNX
+from edgekd.export.onnx import export_float
 from edgekd.files import sha256_file
 from edgekd.latency.bench import Settings
-from edgekd.latency.stats import Measurement, Samples, join, summarize
-from edgekd.latency.verdict import FAIL, INCONCLUSIVE, Verdict, decide
-from edgekd.pipeline.artifact import Artifact, build, timed
+from edgekd.latency.estimate import described
+from edgekd.latency.stats import Measurement
+from edgekd.latency.verdict import FAIL, INCONCLUSIVE, Verdict
+from edgekd.pipeline.artifact import Artifact, Place, build, float_forms, timed, write
 from edgekd.pipeline.baseline import Baseline, quality
+from edgekd.pipeline.gauge import Gauged, Teacher, gauge, how_known
 from edgekd.pipeline.setup import Setup
 from edgekd.report.card import model_card
 from edgekd.student import Student
@@ -28,50 +32,65 @@ from edgekd.target import Target
 
 LOOK = Settings(blocks=120, max_seconds=60)
 """The first look at the artifact's latency; further ones double the number of samples."""
+DEVICE = "device"
+"""Folder of a bundle with what a vendor's compiler made for the device."""
 PACKAGES = ("torch", "transformers", "optimum", "onnx", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """An artifact with what was measured of it."""
+    """An artifact with what is known of its latency, and its quality."""
 
     artifact: Artifact
-    measurement: Measurement
+    gauged: Gauged
     verdict: Verdict
     quality: Mapping[str, Any]
     accuracy_met: bool
 
+    @property
+    def measurement(self) -> Measurement:
+        """Its latency."""
+        return self.gauged.measurement
+
 
 def final_artifact(student: Student, setup: Setup, target: Target, budget: Budget, folder: Path) -> Artifact:
-    """Build the file that ships; a float student takes the fused form only where it is measured to be faster."""
+    """Build the file that ships.
+
+    A float student takes the form that is measured to be fastest, or the target's first where none can be measured;
+    a target without a float form takes its first with ranges calibrated here.
+    """
+    place = Place(target=target, budget=budget, calibration=setup.train)
     if student.quantization is not None:
-        return build(student, setup.task, setup.validation, folder)
-    forms = [
-        build(student, setup.task, setup.validation, folder / form, lowering=form) for form in ("fp32", "fp32_fused")
-    ]
-    plain, fused = timed([form.file for form in forms], target, budget, Settings(blocks=60))
-    return forms[int(np.median(fused.ms) < np.median(plain.ms))]
+        return build(student, setup.task, setup.validation, folder, place=place)
+    forms = float_forms(target)
+    if how_known(target) or len(forms) < 2:
+        preferred = [form for form in target.forms if form in forms] or target.forms
+        return build(student, setup.task, setup.validation, folder, lowering=preferred[0], place=place)
+    built = [build(student, setup.task, setup.validation, folder / form, lowering=form, place=place) for form in forms]
+    samples = timed([form.file for form in built], target, budget, Settings(blocks=60))
+    return built[int(np.argmin([np.median(sample.ms) for sample in samples]))]
 
 
-def judged(artifact: Artifact, setup: Setup, base: Baseline, target: Target, budget: Budget) -> Judged:
-    """Measure the artifact beside the teacher until the verdict is clear (bounded), and score it."""
-    looks: list[tuple[Samples, Samples]] = []
+def judged(artifact: Artifact, setup: Setup, base: Baseline, target: Target, budget: Budget, folder: Path) -> Judged:
+    """Gauge the artifact beside the teacher, and score it; what a vendor's compiler makes goes into `folder`."""
 
-    def more(look: int) -> Measurement:
-        settings = replace(LOOK, blocks=LOOK.blocks * 2 ** max(look - 1, 0), memory=look == 0, seed=look)
-        teacher, student = timed([base.graph, artifact.file], target, budget, settings)
-        looks.append((teacher, student))
-        return summarize(
-            join([student for _, student in looks]), target=target.name, baseline=join([t for t, _ in looks])
-        )
+    def in_form() -> Path:
+        place = Place(target=target, budget=budget, calibration=setup.train)
+        work = folder / "teacher"
+        work.mkdir(parents=True, exist_ok=True)
+        graph = None
+        if artifact.lowering not in NOT_FROM_ONNX:
+            graph = export_float(setup.teacher, setup.task.name, work / "float.onnx")
+        return write(setup.teacher, setup.task, graph, artifact.lowering, work, place)
 
-    measurement, verdict = decide(more, latency_p95_ms=budget.latency_p95_ms, speedup=budget.speedup)
-    verdict = with_size(verdict, artifact.file.stat().st_size, budget)
+    teacher = Teacher(graph=base.graph, in_form=in_form)
+    gauged = gauge(artifact, target, budget, folder / "device", teacher=teacher, look=LOOK)
+    verdict = with_size(gauged.verdict, artifact.file.stat().st_size, budget)
     scored = quality(setup, artifact.file)
     scored["retained"] = scored["value"] / base.reported if base.reported else None
     return Judged(
         artifact=artifact,
-        measurement=measurement,
+        gauged=gauged,
         verdict=verdict,
         quality=scored,
         accuracy_met=scored["value"] >= accuracy_floor(base, budget),
@@ -121,7 +140,7 @@ def write_bundle(
     budget: Budget,
 ) -> dict[str, Any]:
     """Write the bundle folder and return its manifest."""
-    assemble(folder, artifact=judgement.artifact.file, student=student)
+    layout(folder, judgement.artifact, student, judgement.gauged)
     manifest: dict[str, Any] = {
         "edgekd": __version__,
         "task": setup.task.name,
@@ -133,10 +152,11 @@ def write_bundle(
             "p50_ms": judgement.measurement.teacher_p50_ms,
             "size_bytes": base.size_bytes,
         },
-        "artifact": artifact_section(judgement.artifact, student, folder),
+        "artifact": artifact_section(judgement.artifact, student, folder, judgement.gauged),
         "quality": dict(judgement.quality),
         "budget": {key: value for key, value in vars(budget).items() if value is not None},
         "latency": [judgement.measurement.to_dict()],
+        **estimate_section(judgement.gauged),
         "verdict": [judgement.verdict.to_dict()],
         "accuracy_floor_met": judgement.accuracy_met,
         "ledger": ledger,
@@ -149,19 +169,61 @@ def write_bundle(
     return manifest
 
 
-def artifact_section(artifact: Artifact, student: Student, folder: Path) -> dict[str, Any]:
-    """What the manifest says of the ONNX file in `folder`."""
-    file = folder / ARTIFACT
+def layout(folder: Path, artifact: Artifact, student: Student, gauged: Gauged) -> None:
+    """Lay the bundle out: the artifact, what the vendor's compiler made of it under `device/`, config and processor."""
+    assemble(folder, artifact=artifact.file, student=student, place=place_of(artifact))
+    for file in device_files(gauged):
+        (folder / DEVICE).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / DEVICE / file.name)
+
+
+def place_of(artifact: Artifact) -> str:
+    """Where in a bundle the artifact is: `onnx/model.onnx` or `tflite/model.tflite`."""
+    return ARTIFACT if artifact.file.suffix == ".onnx" else f"{artifact.file.suffix[1:]}/model{artifact.file.suffix}"
+
+
+def device_files(gauged: Gauged) -> tuple[Path, ...]:
+    """What the vendor's compiler made for the device."""
+    return gauged.estimates["model"].files if gauged.estimates else ()
+
+
+def artifact_section(artifact: Artifact, student: Student, folder: Path, gauged: Gauged) -> dict[str, Any]:
+    """What the manifest says of the artifact in `folder`."""
+    name = place_of(artifact)
+    file, parity = folder / name, artifact.float_parity
+    device = [f"{DEVICE}/{made.name}" for made in device_files(gauged)]
     return {
-        "file": ARTIFACT,
+        "file": name,
         "sha256": sha256_file(file),
         "size_bytes": file.stat().st_size,
         "precision": artifact.precision,
         "lowering": artifact.lowering,
-        "opset": OPSET,
+        "opset": opset_of(file),
         "shape": student.arch.describe(),
-        "parity": {"float": artifact.float_parity.to_dict(), "shipped": artifact.parity.to_dict()},
+        **({"fixed": artifact.shapes} if artifact.shapes else {}),
+        **({"device": device} if device else {}),
+        "parity": {"float": parity and parity.to_dict(), "shipped": artifact.parity.to_dict()},
     }
+
+
+def opset_of(file: Path) -> int | None:
+    """The version of the standard operators an ONNX file uses; None for what is not ONNX."""
+    import onnx
+
+    if file.suffix != ".onnx":
+        return None
+    imports = onnx.load(str(file), load_external_data=False).opset_import
+    return max((int(each.version) for each in imports if each.domain in ("", "ai.onnx")), default=None)
+
+
+def estimate_section(gauged: Gauged) -> dict[str, Any]:
+    """All that a vendor's compiler says, with the options it was asked with; nothing for other targets."""
+    if not gauged.estimates:
+        return {}
+    names = {"model": "artifact", "baseline": "teacher"}
+    said = {names[name]: described(each, None) for name, each in gauged.estimates.items()}
+    # What was made for the device is named in `artifact.device`; the teacher's files do not ship.
+    return {"estimate": {name: {k: v for k, v in each.items() if k != "files"} for name, each in said.items()}}
 
 
 def versions() -> dict[str, str]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.context import Progress
+from edgekd.context import Budget, Progress
 from edgekd.data import DataSpec, Examples, load_splits
-from edgekd.errors import DataError
+from edgekd.errors import DataError, RecipeError
 from edgekd.export.parity import torch_logits
 from edgekd.files import sha256_folder
 from edgekd.student import Student, load_student, local_folder, read_config
+from edgekd.target import Target
 from edgekd.tasks import Encoded, Processor, Task, get_task, infer_task
 
 
@@ -24,7 +25,7 @@ class Setup:
     """Everything that does not depend on target or stage.
 
     `key` is a hash over the teacher's files and the data, the root of all stage keys. `metric` is the task's metric,
-    or `agreement` (with the teacher) where the data has no labels to report on.
+    or `agreement` (with the teacher) where the data has no labels to report on. `raw` are the splits before encoding.
     """
 
     teacher: Student
@@ -36,6 +37,7 @@ class Setup:
     metric: str
     notes: tuple[str, ...]
     key: Mapping[str, str]
+    raw: Mapping[str, Examples]
 
     @property
     def reported(self) -> tuple[str, Encoded]:
@@ -82,7 +84,46 @@ def prepare(
         metric="agreement" if reported else chosen.metric,
         notes=splits.notes,
         key={"teacher": sha256_folder(folder), "data": splits.fingerprint, "max_length": str(max_length)},
-    )
+        raw={
+            "train": splits.train, "validation": splits.validation,
+            **({"test": splits.test} if splits.test is not None else {}),
+        },
+    )  # fmt: skip
+
+
+def fitted(setup: Setup, target: Target, budget: Budget) -> Setup:
+    """The same setup with every text cut to the sequence length that the target's fixed shapes leave room for.
+
+    Labels stay those of the whole texts, and so does what the teacher is scored on.
+
+    Raises:
+        RecipeError: the sequence length is more than the model takes.
+    """
+    if not target.is_static or setup.task.kind != "text":
+        return setup
+    length = check_length(setup.processor, target, budget)
+    parts: dict[str, Any] = {}
+    for name, examples in setup.raw.items():
+        whole = getattr(setup, name)
+        if whole is not None and len(whole) and int(whole.lengths.max()) > length:
+            cut = setup.task.encode(setup.processor, examples, length)
+            parts[name] = dataclasses.replace(cut, labels=whole.labels)  # type: ignore[type-var]
+    return dataclasses.replace(setup, **parts, key={**setup.key, "max_length": str(length)}) if parts else setup
+
+
+def check_length(processor: Processor, target: Target, budget: Budget) -> int:
+    """The budget's sequence length, for a target with fixed shapes.
+
+    Raises:
+        RecipeError: it is more than the model takes.
+    """
+    most = processor.max_length
+    if most is not None and budget.sequence > most:
+        raise RecipeError(
+            f"budget.sequence is {budget.sequence}, and target {target.name} fixes the shapes to it; "
+            f"the most that this model takes is {most}"
+        )
+    return budget.sequence
 
 
 def id2label(config: Any) -> dict[int, str]:

@@ -18,8 +18,10 @@ from edgekd.errors import StageError
 from edgekd.families import arch_of
 from edgekd.files import sha256_json
 from edgekd.latency.bench import Settings
-from edgekd.pipeline.artifact import build, score, timed
+from edgekd.pipeline.artifact import Artifact, Place, build, float_forms, score, timed
+from edgekd.pipeline.gauge import how_known
 from edgekd.pipeline.setup import Setup
+from edgekd.quantize import Quantize
 from edgekd.stages import Stage
 from edgekd.store import RunFolder, StageFolder
 from edgekd.student import Student, load_student
@@ -70,7 +72,7 @@ def travel(track: Track, stages: Mapping[str, Stage], *, strictness: float) -> T
     """
     student, ledger = track.setup.teacher, []
     key = sha256_json({"format": FORMAT, **track.setup.key, "target": track.target.fingerprint, "seed": track.seed})
-    lowering = expected_lowering(stages)
+    lowering = expected_lowering(stages, track.target)
     for index, (name, stage) in enumerate(stages.items(), start=1):
         key = _stage_key(key, name, stage, track, strictness if name == "search" else 1.0)
         folder = track.run.stage(index, name + track.suffix, key)
@@ -86,9 +88,12 @@ def travel(track: Track, stages: Mapping[str, Stage], *, strictness: float) -> T
     return Travelled(student, ledger, key)
 
 
-def expected_lowering(stages: Mapping[str, Stage]) -> str:
+def expected_lowering(stages: Mapping[str, Stage], target: Target) -> str:
     """The form in which the artifact is expected to ship."""
-    return next((s.expected for s in stages.values() if hasattr(s, "expected")), "fp32_fused")
+    quantize = stages.get("quantize")
+    if isinstance(quantize, Quantize):
+        return quantize.expected_on(target)
+    return "fp32_fused" if "fp32_fused" in target.forms else next(iter(float_forms(target)), target.forms[0])
 
 
 def _stage_key(previous: str, name: str, stage: Stage, track: Track, strictness: float) -> str:
@@ -154,22 +159,36 @@ def _measured(track: Track, result: Student, before: Student, work: Path) -> dic
     """Metric, latency and size of what the stage made; a stage that only plans adds no new artifact."""
     if result.model is before.model and result.quantization == before.quantization:
         return {"metric": None, "latency": {"kind": "unavailable", "reason": "the stage changes no weights"}}
-    artifact = build(result, track.setup.task, track.setup.validation, work / "ledger")
+    place = Place(target=track.target, budget=track.budget, calibration=track.setup.train)
+    artifact = build(
+        result,
+        track.setup.task,
+        track.setup.validation,
+        work / "ledger",
+        place=place if result.quantization is not None else None,
+    )
     metric = score(artifact.file, track.setup.task, track.setup.validation)["value"]
-    teacher, sample = timed([track.teacher_graph, artifact.file], track.target, track.budget, LEDGER)
-    p50, reference = float(np.median(sample.ms)), float(np.median(teacher.ms))
     return {
         "metric": metric,
-        "latency": {
-            "kind": "measured",
-            "p50_ms": p50,
-            "p95_ms": float(np.percentile(sample.ms, 95)),
-            "teacher_p50_ms": reference,
-            "speedup": reference / p50,
-        },
+        "latency": _latency(track, artifact),
         "size_bytes": artifact.file.stat().st_size,
         "precision": artifact.precision,
         "shape": result.arch.describe(),
+    }
+
+
+def _latency(track: Track, artifact: Artifact) -> dict[str, Any]:
+    """A short measurement beside the teacher, for orientation; none where the target is not measured here."""
+    if reason := how_known(track.target):
+        return {"kind": "unavailable", "reason": reason}
+    teacher, sample = timed([track.teacher_graph, artifact.file], track.target, track.budget, LEDGER)
+    p50, reference = float(np.median(sample.ms)), float(np.median(teacher.ms))
+    return {
+        "kind": "measured",
+        "p50_ms": p50,
+        "p95_ms": float(np.percentile(sample.ms, 95)),
+        "teacher_p50_ms": reference,
+        "speedup": reference / p50,
     }
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.errors import DataError
-from edgekd.export.lower import Ranges, calibrate, lower, precision_of
+from edgekd.devices import is_estimated, unavailable
+from edgekd.errors import DataError, TargetError
+from edgekd.export.lower import NOT_FROM_ONNX, Ranges, precision_of
 from edgekd.export.onnx import export_float
 from edgekd.export.parity import Logits, onnx_logits, require_parity
 from edgekd.latency.bench import Settings, Subject, measure
+from edgekd.quantize import candidates
+from edgekd.quantize.forms import find_ranges, form_logits, needs_examples, sample, write_form, write_tflite
 from edgekd.student import Student
 
 if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.quantize import Quantize
-
-INT8 = ("int8_dynamic", "int8_dynamic_fused", "int8_static")
-FLOAT = "fp32_fused"
 
 
 @dataclass(frozen=True)
@@ -39,57 +39,69 @@ def quantize(settings: Quantize, student: Student, ctx: Context) -> Student:
 
     Raises:
         DataError: no training example to calibrate on.
+        TargetError: the target runs no such form.
+        ModelError: a form has operators that the target does not run.
     """
+    wanted = candidates(settings.lowering, ctx.target)
+    if not wanted:
+        raise TargetError(
+            f"target {ctx.target.name} runs none of the forms of quantize.lowering: {settings.lowering}; "
+            f"choose auto or one of: {', '.join(ctx.target.forms)}"
+        )
     graph = export_float(student, ctx.task.name, ctx.work / "float.onnx")
-    wanted = {"auto": (*INT8, FLOAT), "int8": INT8}.get(settings.lowering, (settings.lowering,))
-    ranges = _ranges(graph, settings, ctx) if "int8_static" in wanted else None
     reference = onnx_logits(graph, ctx.validation)
     float_metric = _metric(reference, ctx)
-    candidates = _build(graph, wanted, ranges, reference, student, ctx)
-    if len(candidates) > 1:
-        candidates = _timed(candidates, ctx)
-    chosen = choose(candidates, float_metric, settings.tolerance)
+    built = [_build(graph, form, settings, reference, student, ctx) for form in wanted]
+    found = [candidate for candidate, _ in built]
+    reason = unavailable(ctx.target) or ("its latency is the vendor's estimate" if is_estimated(ctx.target) else None)
+    if len(found) > 1 and reason is None:
+        found = _timed(found, ctx)
+    chosen = choose(found, float_metric, settings.tolerance)
     ctx.notes["float_metric"] = float_metric
     ctx.notes["candidates"] = [
         {"lowering": c.lowering, "metric": c.metric, "p50_ms": c.p50_ms, "size_bytes": c.file.stat().st_size}
-        for c in candidates
+        for c in found
     ]
     ctx.notes["chosen"] = chosen.lowering
+    if len(found) > 1 and reason is not None:
+        ctx.notes["not_measured"] = f"chosen by the target's preference, not by time: {reason}"
     kept: dict[str, Any] = {"lowering": chosen.lowering}
-    if chosen.lowering == "int8_static" and ranges is not None:
+    ranges = built[found.index(chosen)][1]
+    if ranges is not None:
         kept["ranges"] = {name: list(pair) for name, pair in ranges.items()}
+    elif needs_examples(chosen.lowering):
+        kept |= {"calibration": settings.calibration, "seed": ctx.seed}
     return replace(student, quantization=kept)
 
 
-def choose(candidates: list[Candidate], float_metric: float, tolerance: float) -> Candidate:
-    """The fastest form within `tolerance` of the float metric; if none is, the one with the best metric."""
-    good = [c for c in candidates if c.metric >= float_metric - tolerance]
+def choose(found: Sequence[Candidate], float_metric: float, tolerance: float) -> Candidate:
+    """The fastest form within `tolerance` of the float metric; if none is, the one with the best metric.
+
+    Where nothing was measured, the first of those within the tolerance.
+    """
+    good = [c for c in found if c.metric >= float_metric - tolerance]
+    if good and all(c.p50_ms is None for c in good):
+        return good[0]
     if good:
         return min(good, key=lambda c: (c.p50_ms or 0.0, -c.metric))
-    return max(candidates, key=lambda c: (c.metric, -(c.p50_ms or 0.0)))
-
-
-def _ranges(graph: Path, settings: Quantize, ctx: Context) -> Ranges:
-    if not len(ctx.train):
-        raise DataError("static quantization needs training examples to calibrate on, and there are none")
-    chosen = np.random.default_rng(ctx.seed + 2).permutation(len(ctx.train))[: settings.calibration]
-    feeds = []
-    for index in chosen:
-        batch = ctx.train.collate(np.array([index]), int(ctx.train.lengths[index]))
-        feeds.append({name: value.numpy() for name, value in batch.items() if name != "labels"})
-    return calibrate(graph, feeds)
+    return max(found, key=lambda c: (c.metric, -(c.p50_ms or 0.0)))
 
 
 def _build(
-    graph: Path, wanted: tuple[str, ...], ranges: Ranges | None, reference: Logits, student: Student, ctx: Context
-) -> list[Candidate]:
-    built = []
-    for name in wanted:
-        file = lower(graph, ctx.work / f"{name}.onnx", name, ranges=ranges, model_type=student.model.config.model_type)
-        logits = onnx_logits(file, ctx.validation)
-        require_parity(reference, logits, precision_of(name), name)
-        built.append(Candidate(name, file, _metric(logits, ctx)))
-    return built
+    graph: Path, form: str, settings: Quantize, reference: Logits, student: Student, ctx: Context
+) -> tuple[Candidate, Ranges | None]:
+    """One form with its metric, and the ranges it was made with (None: it has none, or keeps them to itself)."""
+    ranges = None
+    examples = sample(ctx.train, settings.calibration, seed=ctx.seed) if needs_examples(form) else None
+    if form in NOT_FROM_ONNX and examples is not None:
+        file = write_tflite(student, ctx.task, ctx.work / f"{form}.tflite", examples, ctx.budget)
+    else:
+        ranges = None if examples is None else find_ranges(graph, form, examples)
+        file = ctx.work / f"{form}.onnx"
+        write_form(student, graph, form, file, target=ctx.target, budget=ctx.budget, ranges=ranges)
+    logits = form_logits(file, ctx.validation)
+    require_parity(reference, logits, precision_of(form), form)
+    return Candidate(form, file, _metric(logits, ctx)), ranges
 
 
 def _metric(logits: Logits, ctx: Context) -> float:
@@ -99,9 +111,9 @@ def _metric(logits: Logits, ctx: Context) -> float:
     return ctx.task.score(logits, labels)
 
 
-def _timed(candidates: list[Candidate], ctx: Context) -> list[Candidate]:
+def _timed(found: Sequence[Candidate], ctx: Context) -> list[Candidate]:
     """The candidates with their median latency, measured interleaved in one run."""
-    subjects = [Subject(name=c.lowering, path=c.file) for c in candidates]
+    subjects = [Subject(name=c.lowering, path=c.file) for c in found]
     samples = measure(
         subjects,
         target=ctx.target,
@@ -111,4 +123,4 @@ def _timed(candidates: list[Candidate], ctx: Context) -> list[Candidate]:
         settings=Settings(blocks=60, seed=ctx.seed),
     )
     medians: Mapping[str, float] = {s.name: float(np.median(s.ms)) for s in samples}
-    return [replace(c, p50_ms=medians[c.lowering]) for c in candidates]
+    return [replace(c, p50_ms=medians[c.lowering]) for c in found]

@@ -22,14 +22,13 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     lines = [
         "---",
         f"pipeline_tag: {task}",
-        "library_name: onnx",
+        f"library_name: {_kind(artifact).lower()}",
         "tags: [edgekd, onnx, distillation]",
         "---",
         "",
         "# Compressed model",
         "",
-        f"Made by edgekd {manifest['edgekd']}: {artifact['shape']}, "
-        f"{artifact['precision']} ONNX ({artifact['lowering']}, opset {artifact['opset']}).",
+        f"Made by edgekd {manifest['edgekd']}: {artifact['shape']}, {_form(artifact)}.",
         "",
         "| | teacher (fp32 ONNX) | this model |",
         "|---|---|---|",
@@ -38,9 +37,10 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         "",
         *[f"Verdict on `{each['target']}`: **{each['status']}** ({each['reason']})." for each in manifest["verdict"]],
         "",
+        *_how_known(manifest),
         "## Run it",
         "",
-        *_usage(task),
+        *_usage(manifest),
         "",
         "`edgekd.json` beside this file has every figure, the versions, and the SHA-256 of each file.",
         "",
@@ -57,7 +57,7 @@ def _quality_rows(manifest: Mapping[str, Any]) -> list[str]:
         reference = f"{teacher['value']:.4f}" if teacher else ""
         rows.append(f"| {quality['metric']} on {quality['split']} (n={quality['n']}) | {reference} | {own} |")
     reference = f"{teacher['size_bytes'] / 1e6:.2f} MB" if teacher else ""
-    return [*rows, f"| ONNX file | {reference} | {artifact['size_bytes'] / 1e6:.2f} MB |"]
+    return [*rows, f"| {_kind(artifact)} file | {reference} | {artifact['size_bytes'] / 1e6:.2f} MB |"]
 
 
 def _latency_rows(latency: list[Mapping[str, Any]]) -> list[str]:
@@ -65,22 +65,61 @@ def _latency_rows(latency: list[Mapping[str, Any]]) -> list[str]:
     for entry in latency:
         where = f"batch {entry['batch']}" + (f", {entry['sequence']} tokens" if entry.get("sequence") else "")
         where += f", {entry['threads']} thread(s)" if entry.get("threads") else ""
-        label = f"| {entry['target']}: {entry['kind'].replace('_', ' ')} p50 / p95 / p99 ({where})"
         if entry.get("p50_ms") is None:
-            rows.append(f"{label} | | unavailable: {entry.get('reason', '')} |")
+            rows.append(f"| {entry['target']}: latency ({where}) | | unavailable: {entry.get('reason', '')} |")
             continue
+        kind = entry["kind"].replace("_", " ")
         speedup = f" ({entry['speedup']:.2f}×)" if entry.get("speedup") else ""
         teacher = f"{entry['teacher_p50_ms']:.3f} ms" if entry.get("teacher_p50_ms") else ""
-        rows.append(
-            f"{label} | {teacher} | {entry['p50_ms']:.3f} / {entry['p95_ms']:.3f} / {entry['p99_ms']:.3f} ms{speedup} |"
-        )
+        if entry.get("p95_ms") is None:
+            where += ", teacher in the same form" if teacher else ""
+            rows.append(f"| {entry['target']}: {kind} ({where}) | {teacher} | {entry['p50_ms']:.3f} ms{speedup} |")
+            continue
+        figures = f"{entry['p50_ms']:.3f} / {entry['p95_ms']:.3f} / {entry['p99_ms']:.3f} ms{speedup}"
+        rows.append(f"| {entry['target']}: {kind} p50 / p95 / p99 ({where}) | {teacher} | {figures} |")
     return rows
 
 
-def _usage(task: str) -> list[str]:
+def _kind(artifact: Mapping[str, Any]) -> str:
+    return "TFLite" if str(artifact["file"]).endswith(".tflite") else "ONNX"
+
+
+def _form(artifact: Mapping[str, Any]) -> str:
+    """`int8 ONNX (int8_qdq, opset 21, fixed to batch 1, 64 tokens)`."""
+    parts = [str(artifact["lowering"])]
+    parts += [f"opset {artifact['opset']}"] if artifact.get("opset") else []
+    if fixed := artifact.get("fixed"):
+        parts.append(
+            f"fixed to batch {fixed['batch']}" + (f", {fixed['sequence']} tokens" if "sequence" in fixed else "")
+        )
+    return f"{artifact['precision']} {_kind(artifact)} ({', '.join(parts)})"
+
+
+def _how_known(manifest: Mapping[str, Any]) -> list[str]:
+    """Where the latency comes from, for anything but a measurement."""
+    lines = []
+    for entry in manifest["latency"]:
+        if entry["kind"] == "vendor_estimate":
+            lines += [f"The latency on `{entry['target']}` was not measured: it is what the vendor's compiler states."]
+            lines += [f"- {note}" for note in entry.get("notes", ())]
+        elif entry["kind"] == "unavailable":
+            lines += [f"The latency on `{entry['target']}` is not known: {entry.get('reason', '')}."]
+    return ["## How the latency is known", "", *lines, ""] if lines else []
+
+
+def _usage(manifest: Mapping[str, Any]) -> list[str]:
+    artifact, task = manifest["artifact"], str(manifest["task"])
+    device = [f"`{name}` was made by the vendor's compiler for the device." for name in artifact.get("device", ())]
+    if _kind(artifact) == "TFLite":
+        return [
+            f"`{artifact['file']}` runs in TFLite's interpreter; its inputs are named like those of the model.",
+            *device,
+        ]
     processor, argument = PROCESSORS[task]
     model = PIPELINES[task]
-    return [
+    length = artifact.get("fixed", {}).get("sequence")
+    padded = f', padding="max_length", truncation=True, max_length={length}' if length else ""
+    lines = [
         "```python",
         f"from optimum.onnxruntime import {model}",
         f"from transformers import {processor}, pipeline",
@@ -89,9 +128,14 @@ def _usage(task: str) -> list[str]:
         f"model = {model}.from_pretrained(folder)",
         f"{argument} = {processor}.from_pretrained(folder)",
         f'classify = pipeline("{task}", model=model, {argument}={argument})',
-        f"print(classify({EXAMPLES[task]}))",
+        f"print(classify({EXAMPLES[task]}{padded}))",
         "```",
         "",
+    ]
+    if artifact.get("fixed") or manifest["latency"][0]["kind"] != "measured":
+        return [*lines, "This runs it on a CPU, for its answers and not for its speed.", *device]
+    return [
+        *lines,
         "It runs at the stated speed in a plain `onnxruntime.InferenceSession` with default options, and loads in",
         "transformers.js from the same folder.",
     ]

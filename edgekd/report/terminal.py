@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -32,8 +33,10 @@ def heading(manifest: Mapping[str, Any], target: str) -> str:
     quality, latency = manifest["quality"], manifest["latency"][0]
     where = f"batch {latency['batch']}" + (f", {latency['sequence']} tokens" if latency.get("sequence") else "")
     kept = "" if quality.get("retained") is None else f", {quality['retained']:.1%} of the teacher's kept"
+    threads = f", {latency['threads']} thread(s)" if latency.get("threads") else ""
+    notes = "".join(f"\n{note}" for note in latency.get("notes", ()) if latency["kind"] != "measured")
     return (
-        f"{target}: {where}, {latency.get('threads')} thread(s), latency {latency['kind'].replace('_', ' ')}\n"
+        f"{target}: {where}{threads}, latency {latency['kind'].replace('_', ' ')}{notes}\n"
         f"{quality['metric']} reported on {quality['split']} (n={quality['n']}){kept}"
     )
 
@@ -42,7 +45,7 @@ def show(manifests: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[
     """Print one table per target and the verdicts."""
     console = Console(highlight=False)
     for target, manifest in manifests.items():
-        console.print(heading(manifest, target), soft_wrap=True)
+        console.print(heading(manifest, target), soft_wrap=True, markup=False)
         table = Table(box=None, header_style="bold", pad_edge=False)
         for index, name in enumerate(HEADINGS):
             table.add_column(name, justify="right" if index else "left", no_wrap=True)
@@ -51,7 +54,7 @@ def show(manifests: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[
         console.print(table)
     for verdict in verdicts:
         colour = COLOURS[verdict["status"]]
-        line = f"[{colour}]{verdict['status']}[/{colour}]  {verdict['target']}: {verdict['reason']}"
+        line = f"[{colour}]{verdict['status']}[/{colour}]  {verdict['target']}: {escape(verdict['reason'])}"
         console.print(line, soft_wrap=True)
 
 

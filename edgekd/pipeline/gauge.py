@@ -1,0 +1,118 @@
+"""What is known of an artifact's latency: measured, a vendor's estimate, or nothing, and the verdict on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from edgekd.context import Budget
+from edgekd.devices import Estimate, is_estimated, unavailable
+from edgekd.errors import ModelError, StageError
+from edgekd.latency import stats
+from edgekd.latency.artifact import Artifact as Model
+from edgekd.latency.bench import Settings
+from edgekd.latency.estimate import estimate
+from edgekd.latency.stats import Measurement, Samples, join, summarize
+from edgekd.latency.verdict import Verdict, decide, judge
+from edgekd.pipeline.artifact import Artifact, timed
+from edgekd.target import Target
+
+SAME_FORM = "the teacher was compiled in the same form ({form}): both latencies are estimates of one compiler"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gauged:
+    """A measurement with its verdict; `estimates` of `model` (and `baseline`) where a vendor's compiler made them."""
+
+    measurement: Measurement
+    verdict: Verdict
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The teacher to compare with: its float32 graph, and how to write it in the artifact's own form."""
+
+    graph: Path
+    in_form: Callable[[], Path]
+
+
+def gauge(
+    artifact: Artifact, target: Target, budget: Budget, folder: Path, *, teacher: Teacher | None, look: Settings
+) -> Gauged:
+    """Find the latency of an artifact on its target as well as it can be known from here.
+
+    Measured targets: in turns with the teacher's float32 graph until the verdict is clear (bounded). Estimated ones:
+    compiled into `folder`, the teacher in the same form for the ratio. Others: no figure, and the reason.
+
+    Raises:
+        ModelError, TargetError: as measuring and compiling raise them.
+    """
+    if reason := unavailable(target):
+        return _unknown(target, budget, reason)
+    if is_estimated(target):
+        return _estimated(artifact, target, budget, folder, teacher)
+    return _measured(artifact, target, budget, teacher, look)
+
+
+def how_known(target: Target) -> str:
+    """Why a target's latency is not measured here, or an empty string if it is."""
+    if reason := unavailable(target):
+        return reason
+    return (
+        "the latency of this target is its vendor's estimate, made for the artifact only"
+        if is_estimated(target)
+        else ""
+    )
+
+
+def _unknown(target: Target, budget: Budget, reason: str) -> Gauged:
+    measurement = stats.unavailable(target.name, reason, batch=budget.batch, sequence=budget.sequence)
+    verdict = judge(measurement, latency_p95_ms=budget.latency_p95_ms, speedup=budget.speedup)
+    if not budget.asks_latency:
+        verdict = replace(verdict, reason=f"latency not measured ({reason}), and no latency budget was given")
+    return Gauged(measurement=measurement, verdict=verdict)
+
+
+def _estimated(artifact: Artifact, target: Target, budget: Budget, folder: Path, teacher: Teacher | None) -> Gauged:
+    measurement, estimates, note = _compiled(artifact, target, folder, teacher)
+    measurement = replace(
+        measurement,
+        batch=budget.batch,
+        sequence=artifact.shapes.get("sequence"),
+        notes=(*measurement.notes, *([note] if note else [])),
+    )
+    verdict = judge(measurement, latency_p95_ms=budget.latency_p95_ms, speedup=budget.speedup)
+    return Gauged(measurement=measurement, verdict=verdict, estimates=estimates)
+
+
+def _compiled(
+    artifact: Artifact, target: Target, folder: Path, teacher: Teacher | None
+) -> tuple[Measurement, Mapping[str, Estimate], str]:
+    """The compiler's word on the artifact and, if it takes that too, on the teacher in the same form; a note on it."""
+    own = {"model": Model(artifact.file)}
+    if teacher is None:
+        return *estimate(target, own, folder), ""
+    try:
+        both = {**own, "baseline": Model(teacher.in_form())}
+        return *estimate(target, both, folder), SAME_FORM.format(form=artifact.lowering)
+    except (ModelError, StageError) as error:
+        # A teacher that does not compile is no reason to lose the artifact; if it is the artifact, this raises again.
+        return *estimate(target, own, folder), f"no speedup is known: the teacher as {artifact.lowering}: {error}"
+
+
+def _measured(artifact: Artifact, target: Target, budget: Budget, teacher: Teacher | None, look: Settings) -> Gauged:
+    if teacher is None:
+        measurement = summarize(timed([artifact.file], target, budget)[0], target=target.name)
+        return Gauged(measurement=measurement, verdict=judge(measurement, latency_p95_ms=budget.latency_p95_ms))
+    graph, looks = teacher.graph, list[tuple[Samples, Samples]]()
+
+    def more(number: int) -> Measurement:
+        settings = replace(look, blocks=look.blocks * 2 ** max(number - 1, 0), memory=number == 0, seed=number)
+        of_teacher, own = timed([graph, artifact.file], target, budget, settings)
+        looks.append((of_teacher, own))
+        return summarize(join([own for _, own in looks]), target=target.name, baseline=join([t for t, _ in looks]))
+
+    measurement, verdict = decide(more, latency_p95_ms=budget.latency_p95_ms, speedup=budget.speedup)
+    return Gauged(measurement=measurement, verdict=verdict)

@@ -1,0 +1,104 @@
+"""One form of a student as a target takes it: its ranges, its file, its operators, what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.errors import DataError, ModelError
+from edgekd.export.lower import CALIBRATED, NOT_FROM_ONNX, Ranges, calibrate, lower, operators_to_calibrate
+from edgekd.export.operators import check_operators
+from edgekd.export.parity import Logits, onnx_logits
+from edgekd.export.tflite import export_tflite, tflite_logits
+from edgekd.student import Student
+
+if TYPE_CHECKING:
+    from edgekd.context import Budget
+    from edgekd.target import Target
+    from edgekd.tasks import Encoded, Task
+
+EXAMPLES = 128
+"""Training examples that ranges are calibrated on, unless quantize says otherwise."""
+
+
+def needs_examples(form: str) -> bool:
+    """Whether a form is made with ranges of activations."""
+    return form in (*CALIBRATED, *NOT_FROM_ONNX)
+
+
+def sample(examples: Encoded, count: int, *, seed: int) -> Encoded:
+    """The examples that ranges are calibrated on.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not len(examples):
+        raise DataError("static quantization needs training examples to calibrate on, and there are none")
+    return examples.take(np.random.default_rng(seed + 2).permutation(len(examples))[:count])
+
+
+def find_ranges(graph: Path, form: str, examples: Encoded) -> Ranges:
+    """Ranges of the activations of a float graph over all examples, one at a time and unpadded."""
+    return calibrate(graph, feeds_of(examples), operators=operators_to_calibrate(form))
+
+
+def feeds_of(examples: Encoded) -> list[dict[str, npt.NDArray[Any]]]:
+    """The inputs of a graph, one example at a time and unpadded."""
+    feeds = []
+    for index in range(len(examples)):
+        batch = examples.collate(np.array([index]), int(examples.lengths[index]))
+        feeds.append({name: value.numpy() for name, value in batch.items() if name != "labels"})
+    return feeds
+
+
+def write_form(
+    student: Student,
+    graph: Path,
+    form: str,
+    output: Path,
+    *,
+    target: Target | None = None,
+    budget: Budget | None = None,
+    ranges: Ranges | None = None,
+) -> Path:
+    """Lower the float `graph` of a student to a form, with fixed shapes where the target needs them.
+
+    Raises:
+        ModelError: the result has operators that the target does not run.
+    """
+    fixed: dict[str, Any] = {}
+    if target is not None and budget is not None and target.is_static:
+        fixed = {"batch": budget.batch, "sequence": budget.sequence}
+    file = lower(
+        graph,
+        output,
+        form,
+        ranges=ranges,
+        model_type=student.model.config.model_type,
+        symmetric=target is not None and target.symmetric,
+        **fixed,
+    )
+    if target is not None and (problems := check_operators(file, target)):
+        raise ModelError(f"the {form} graph does not suit {target.name}: {'; '.join(problems)}")
+    return file
+
+
+def write_tflite(student: Student, task: Task, output: Path, examples: Encoded, budget: Budget) -> Path:
+    """Convert a student to int8 TFLite, its ranges calibrated on the examples, with the budget's shapes.
+
+    Raises:
+        RecipeError: the converter is not installed.
+        StageError: it does not take the model.
+    """
+    sequence = budget.sequence if task.kind == "text" else None
+    return export_tflite(student, task.name, feeds_of(examples), output, batch=budget.batch, sequence=sequence)
+
+
+def form_logits(file: Path, encoded: Encoded) -> Logits:
+    """Logits `[N, C]` of an artifact on this machine's CPU, padded only where its shapes are fixed."""
+    if file.suffix == ".tflite":
+        return tflite_logits(file, feeds_of(encoded))
+    return onnx_logits(file, encoded)
