@@ -6,6 +6,7 @@ import sys
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -81,4 +82,4 @@ class TerminalProgress:
     def say(self, text: str) -> None:
         """Print one line with the seconds since the start."""
         elapsed = time.monotonic() - self._began
-        self.console.print(f"[dim]{elapsed:6.1f} s[/dim]  {text}", soft_wrap=True)
+        self.console.print(f"[dim]{elapsed:6.1f} s[/dim]  {escape(text)}", soft_wrap=True)

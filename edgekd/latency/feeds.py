@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.errors import ModelError, unknown
+from edgekd.latency.inputs import Input, graph_inputs
+
+__all__ = ["Feeds", "Input", "graph_inputs", "read_json", "resized", "synthesize"]
 
 Array = npt.NDArray[Any]
 
@@ -20,6 +24,8 @@ Array = npt.NDArray[Any]
 BATCH_NAMES = ("batch_size", "batch", "n", "num_samples")
 SEQUENCE_NAMES = ("sequence_length", "sequence", "seq_length", "seq_len", "seq", "encoder_sequence_length")
 CHANNEL_NAMES = ("num_channels", "channels")
+# Names that converters give to dimensions they know nothing of; `?` and None are shown alike.
+NAMELESS = re.compile(r"\?|none|-1|unk__\d+|p2o\.dynamicdimension\.\d+|dynamicdimension\.\d+", re.IGNORECASE)
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 DTYPES = {
     "FLOAT": np.float32,
@@ -29,21 +35,14 @@ DTYPES = {
     "INT32": np.int32,
     "INT16": np.int16,
     "INT8": np.int8,
+    "UINT64": np.uint64,
+    "UINT32": np.uint32,
+    "UINT16": np.uint16,
     "UINT8": np.uint8,
     "BOOL": np.bool_,
 }
 DEFAULT_SEQUENCE = 64
 DEFAULT_VOCABULARY = 1000
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of a graph: `shape` holds numbers, names of free dimensions, or None; `rows` the lookup table's."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str | None, ...]
-    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,86 +60,86 @@ def synthesize(
     batch: int | None = None,
     sequence: int | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    values: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Feeds:
     """Make inputs for the ONNX file at `path`.
 
     Free dimensions become `batch` (1 unless given), `sequence` (64), or the image size of a `config.json` or
-    `preprocessor_config.json` beside the file or one folder up; `shapes` fixes whole inputs by name. Token ids are
-    random within the vocabulary, masks are ones, floats are standard normal.
+    `preprocessor_config.json` beside the file or one folder up; `shapes` fixes whole inputs by name and `values` fills
+    inputs with one number. Otherwise token ids are random within the vocabulary, masks and whole numbers without a
+    shape are ones, floats are standard normal.
 
     Raises:
         ModelError: not an ONNX file, a dimension that cannot be known, a fixed one that is not what was asked.
     """
     inputs = graph_inputs(path)
-    given = dict(shapes or {})
-    for name in given:
-        if name not in {item.name for item in inputs}:
-            raise ModelError(f"--shape: {unknown('input', name, [item.name for item in inputs])}")
+    given, filled = dict(shapes or {}), dict(values or {})
+    for option, names in (("--shape", given), ("--value", filled)):
+        for name in names:
+            if name not in {item.name for item in inputs}:
+                raise ModelError(f"{option}: {unknown('input', name, [item.name for item in inputs])}")
     sizes = {**_image_sizes(path), "batch": batch or 1, "sequence": sequence or DEFAULT_SEQUENCE}
-    resolved = {item.name: _shape(item, given.get(item.name), sizes, path) for item in inputs}
+    _require_sizes([item for item in inputs if item.name not in given], sizes, path)
+    resolved = {item.name: _shape(item, given.get(item.name), sizes) for item in inputs}
     found = {kind: _size_of(kind, inputs, resolved) for kind in ("batch", "sequence")}
     for kind, asked in (("batch", batch), ("sequence", sequence)):
         if asked is not None and found[kind] not in (None, asked):
             raise ModelError(f"{path} has a fixed {kind} of {found[kind]}, not {asked}: ask for {found[kind]}")
-    arrays = {item.name: _values(item, resolved[item.name], seed) for item in inputs}
+    arrays = {item.name: _values(item, resolved[item.name], filled.get(item.name), seed) for item in inputs}
     return Feeds(arrays, found["batch"] or 1, found["sequence"])
 
 
-def graph_inputs(path: Path) -> list[Input]:
-    """The inputs of an ONNX graph that have to be fed.
+def resized(
+    path: Path, shapes: Mapping[str, Sequence[int]], *, batch: int | None, sequence: int | None
+) -> dict[str, tuple[int, ...]]:
+    """The given `shapes` with another batch or sequence length where the graph at `path` leaves those free.
 
     Raises:
-        ModelError: there is no such file, or it is not ONNX.
+        ModelError: as `graph_inputs`.
     """
-    import onnx
-
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except FileNotFoundError:
-        raise ModelError(f"there is no model file {path}") from None
-    except Exception as error:
-        raise ModelError(f"{path} is not an ONNX model: {error}") from error
-    if not graph.node:
-        raise ModelError(f"{path} is not an ONNX model: it holds no graph")
-    initial = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
-    scalars = {tensor.name for tensor in graph.initializer}
-    rows = _lookup_rows(graph, initial)
-    return [_input_of(value, rows) for value in graph.input if value.name not in scalars]
+    items = {item.name: item for item in graph_inputs(path)}
+    asked = {kind: size for kind, size in (("batch", batch), ("sequence", sequence)) if size is not None}
+    changed = {}
+    for name, shape in shapes.items():
+        item = items.get(name)
+        if item is None or len(item.shape) != len(shape):
+            changed[name] = tuple(shape)
+        else:
+            changed[name] = tuple(asked.get(str(_kind(item, axis)), size) for axis, size in enumerate(shape))
+    return changed
 
 
-def _input_of(value: Any, rows: Mapping[str, int]) -> Input:
-    import onnx
-
-    kind = value.type.tensor_type
-    dtype = onnx.TensorProto.DataType.Name(kind.elem_type)
-    shape = tuple(
-        dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else dim.dim_param or None
-        for dim in kind.shape.dim
-    )
-    return Input(value.name, dtype, shape, rows.get(value.name))
-
-
-def _lookup_rows(graph: Any, initial: Mapping[str, int]) -> dict[str, int]:
-    """Rows of the table each input looks up, where a Gather or a fused embedding node reads it directly."""
-    origin: dict[str, str] = {}
-    rows: dict[str, int] = {}
-    for node in graph.node:
-        if node.op_type in ("Cast", "DequantizeLinear", "Identity") and node.input:
-            origin[node.output[0]] = origin.get(node.input[0], node.input[0])
-        pairs = []
-        if node.op_type == "Gather":
-            pairs = [(node.input[1], node.input[0])]
-        elif node.op_type in ("EmbedLayerNormalization", "QEmbedLayerNormalization"):
-            pairs = [(node.input[0], node.input[2])]
-        for ids, table in pairs:
-            source, held = origin.get(ids, ids), origin.get(table, table)
-            if held in initial:
-                rows[source] = min(rows.get(source, initial[held]), initial[held])
-    return rows
+def _require_sizes(inputs: Sequence[Input], sizes: Mapping[str, int], path: Path) -> None:
+    """Raise one error that names every free dimension nobody knows and the options that would fix them."""
+    opens, options = [], []
+    for item in inputs:
+        kinds = [_kind(item, axis) for axis in range(len(item.shape))]
+        unclear = [axis for axis, kind in enumerate(kinds) if not isinstance(kind, int) and kind not in sizes]
+        if unclear:
+            names = ", ".join(_name_of(item.shape[axis]) or f"axis {axis}" for axis in unclear)
+            opens.append(f"input {item.name} {_show(item.shape)} leaves {names} open")
+            options.append(f"--shape {item.name}={','.join(str(size) for size in _example(item, kinds, sizes))}")
+    if opens:
+        raise ModelError(
+            f"{path}: {'; '.join(opens)}, and no configuration beside the file tells; "
+            f"give {'it' if len(opens) == 1 else 'them'}, for instance with {' '.join(options)}"
+        )
 
 
-def _shape(item: Input, given: Sequence[int] | None, sizes: Mapping[str, int], path: Path) -> tuple[int, ...]:
+def _example(item: Input, kinds: Sequence[int | str], sizes: Mapping[str, int]) -> list[int]:
+    """Sizes the input might have: an image's in four dimensions, else a batch of sequences."""
+    image, text = (sizes["batch"], 3, 224, 224), (sizes["batch"], *[sizes["sequence"]] * (len(kinds) - 1))
+    usual = image if len(kinds) == 4 else text
+    # A fixed number in front is no batch (the layers of a recurrent state, say): the batch comes second there.
+    inner = sizes["batch"] if kinds and isinstance(kinds[0], int) and len(kinds) == 3 else None
+    return [
+        kind if isinstance(kind, int) else sizes.get(kind, inner if inner and axis == 1 else usual[axis])
+        for axis, kind in enumerate(kinds)
+    ]
+
+
+def _shape(item: Input, given: Sequence[int] | None, sizes: Mapping[str, int]) -> tuple[int, ...]:
     if given is not None:
         fits = len(given) == len(item.shape) and all(
             not isinstance(dim, int) or dim == size for dim, size in zip(item.shape, given, strict=True)
@@ -149,14 +148,6 @@ def _shape(item: Input, given: Sequence[int] | None, sizes: Mapping[str, int], p
             raise ModelError(f"--shape {item.name}: the model takes {_show(item.shape)}, got {_show(tuple(given))}")
         return tuple(given)
     kinds = [_kind(item, axis) for axis in range(len(item.shape))]
-    unclear = [axis for axis, kind in enumerate(kinds) if not isinstance(kind, int) and kind not in sizes]
-    if unclear:
-        names = ", ".join(str(item.shape[axis] or f"axis {axis}") for axis in unclear)
-        example = ",".join(str(sizes.get(str(kind), 224 if axis > 1 else 3)) for axis, kind in enumerate(kinds))
-        raise ModelError(
-            f"{path}: input {item.name} {_show(item.shape)} leaves {names} open and no configuration beside the file "
-            f"tells; give it with --shape {item.name}={example}"
-        )
     return tuple(kind if isinstance(kind, int) else sizes[kind] for kind in kinds)
 
 
@@ -165,7 +156,7 @@ def _kind(item: Input, axis: int) -> int | str:
     dim = item.shape[axis]
     if isinstance(dim, int):
         return dim
-    name = (dim or "").lower()
+    name = _name_of(dim).lower()
     if name in SEQUENCE_NAMES:
         return "sequence"
     if name in BATCH_NAMES:
@@ -180,14 +171,22 @@ def _kind(item: Input, axis: int) -> int | str:
 
 
 def _size_of(kind: str, inputs: Sequence[Input], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """The batch or sequence length the resolved inputs have."""
+    """The batch or sequence length the resolved inputs have: a free dimension of that name, else the usual axis."""
     for item in inputs:
         for axis, size in enumerate(shapes[item.name]):
-            fixed = "batch" if axis == 0 else "sequence" if axis == 1 and item.name in TOKEN_INPUTS else ""
-            free = _kind(item, axis)
-            if kind in (fixed, free):
+            if _kind(item, axis) == kind:
+                return size
+    for item in inputs:
+        for axis, size in enumerate(shapes[item.name]):
+            usual = "batch" if axis == 0 else "sequence" if axis == 1 and item.name in TOKEN_INPUTS else ""
+            if usual == kind and isinstance(item.shape[axis], int):
                 return size
     return None
+
+
+def _name_of(dim: int | str | None) -> str:
+    """The name of a free dimension, if it says anything."""
+    return "" if dim is None or NAMELESS.fullmatch(str(dim)) else str(dim)
 
 
 def _image_sizes(path: Path) -> dict[str, int]:
@@ -224,17 +223,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _values(item: Input, shape: tuple[int, ...], seed: int) -> Array:
+def _values(item: Input, shape: tuple[int, ...], filled: float | None, seed: int) -> Array:
     if item.dtype not in DTYPES:
         raise ModelError(f"input {item.name} holds {item.dtype.lower()}, which edgekd cannot make up: give --feeds")
     dtype = np.dtype(DTYPES[item.dtype])
+    if filled is not None:
+        return np.full(shape, filled).astype(dtype)
     # Inputs of the same name get the same values in every model, so that teacher and student see the same work.
     rng = np.random.default_rng([seed, zlib.crc32(item.name.encode())])
     if dtype.kind == "f":
         return rng.standard_normal(shape).astype(dtype)
     if item.name == "position_ids":
         return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
-    if "mask" in item.name or dtype.kind == "b":
+    if "mask" in item.name or dtype.kind == "b" or not shape:
         return np.ones(shape, dtype)
     if item.name == "token_type_ids":
         return np.zeros(shape, dtype)
@@ -244,4 +245,4 @@ def _values(item: Input, shape: tuple[int, ...], seed: int) -> Array:
 
 
 def _show(shape: Sequence[int | str | None]) -> str:
-    return "×".join("?" if dim is None else str(dim) for dim in shape)
+    return "×".join(str(dim) if isinstance(dim, int) else _name_of(dim) or "?" for dim in shape) or "(a number)"

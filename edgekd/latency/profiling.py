@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgekd import host
-from edgekd.devices import Operator, unavailable
+from edgekd.devices import Operator, is_estimated, unavailable
+from edgekd.errors import TargetError
 from edgekd.latency import stats
 from edgekd.latency.artifact import find_artifact
-from edgekd.latency.bench import Settings, Subject, measure, trace_operators
-from edgekd.latency.stats import Measurement, Samples
-from edgekd.latency.verdict import Verdict, decide, judge
+from edgekd.latency.bench import Settings
+from edgekd.latency.comparison import compare
+from edgekd.latency.estimate import estimate
+from edgekd.latency.looks import Asked, Budget, Looks, Say
+from edgekd.latency.placement import fallbacks, overlaps, shares, wanted
+from edgekd.latency.remarks import remarks, surroundings
+from edgekd.latency.result import ProfileResult
+from edgekd.latency.sweep import Axis, Point, mean_interval, sweep
+from edgekd.latency.verdict import decide, judge
+from edgekd.latency.workload import Workload
 from edgekd.target import Target, load_target, probe
 
-# Beyond these a figure deserves a remark.
-WIDE_INTERVAL = 0.05
-BUSY_SHARE = 0.5
-PREEMPTED_SHARE = 0.05
-
-
-@dataclass(frozen=True)
-class ProfileResult:
-    """What is known of a model's latency; `samples` holds the raw figures (the baseline's last, if there is one)."""
-
-    model: Path
-    measurement: Measurement
-    verdict: Verdict | None
-    operators: tuple[Operator, ...] = ()
-    samples: tuple[Samples, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `latency` and `verdict` lists of the bundle manifest, and `operators` if they were asked for."""
-        result: dict[str, Any] = {
-            "latency": [self.measurement.to_dict()],
-            "verdict": [self.verdict.to_dict()] if self.verdict else [],
-        }
-        if self.operators:
-            result["operators"] = [vars(row) for row in self.operators]
-        return result
+__all__ = ["ProfileResult", "profile"]
 
 
 def profile(
@@ -50,100 +35,158 @@ def profile(
     batch: int | None = None,
     sequence: int | None = None,
     threads: int | None = None,
+    cpus: Sequence[int] = (),
     shapes: Mapping[str, Sequence[int]] | None = None,
+    values: Mapping[str, float] | None = None,
     feeds: Path | None = None,
+    session: Mapping[str, Any] | None = None,
     baseline: str | Path | None = None,
     latency_p95_ms: float | None = None,
     speedup: float | None = None,
+    tell_apart: bool = False,
+    batches: Sequence[int] = (),
+    sequences: Sequence[int] = (),
     per_operator: bool = False,
+    out: Path | None = None,
     settings: Settings | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> ProfileResult:
     """Measure an ONNX file, a bundle, or a folder with one model; no recipe is needed.
 
     With a budget (`latency_p95_ms` in milliseconds, or `speedup` over `baseline`) it keeps measuring, within bounds,
-    until the verdict is clear. `batch`, `sequence` and `shapes` choose the inputs (see `edgekd.latency.feeds`).
-    `say` hears what is going on. A target that is not there gives a measurement of kind `unavailable`.
+    until the verdict is clear, with `tell_apart` until it is clear which of model and baseline is faster. `batch`,
+    `sequence`, `shapes`, `values` and `feeds` choose the inputs (see `edgekd.latency.feeds`), `batches` and
+    `sequences` more sizes to measure. `cpus` are those to stay on and `session` options of the runtime. `out` keeps
+    what a vendor's compiler makes of the model. `say` hears what is going on. A target that is not there gives a
+    measurement of kind `unavailable`, one with a compiler a `vendor_estimate`.
 
     Raises:
-        TargetError: no such target, or more threads than this process may use.
-        ModelError: a model cannot be found, read, fed, loaded or run.
+        TargetError: no such target, it cannot do what is asked, or more threads than this process may use.
+        ModelError: a model cannot be found, read, fed, loaded, compiled or run.
     """
     target = probe(load_target(target) if isinstance(target, str) else target)
-    asked = latency_p95_ms is not None or speedup is not None
-    artifacts = {"model": find_artifact(model), **({"baseline": find_artifact(baseline)} if baseline else {})}
-    subjects = [
-        Subject(name=name, path=item.path, options=item.options, feeds=feeds) for name, item in artifacts.items()
-    ]
-    if reason := unavailable(target):
-        missing = stats.unavailable(target.name, reason, batch=batch or 1, sequence=sequence)
-        return ProfileResult(
-            subjects[0].path, missing, judge(missing, latency_p95_ms=latency_p95_ms, speedup=speedup) if asked else None
-        )
-    load = host.load_average()
-    inputs: dict[str, Any] = {
-        "target": target,
-        "batch": batch,
-        "sequence": sequence,
-        "threads": threads,
-        "shapes": shapes,
-    }
-    looks = _Looks(subjects, inputs, settings or Settings(memory=True), say)
-    measurement, verdict = decide(looks.more, latency_p95_ms=latency_p95_ms, speedup=speedup)
+    models = {"model": find_artifact(model), **({"baseline": find_artifact(baseline)} if baseline else {})}
+    chosen = {"batch": batch, "sequence": sequence, "threads": threads, "cpus": cpus, "shape": shapes,
+              "value": values, "feeds": feeds, "session": session, "out": out}  # fmt: skip
+    _check(target, [name for name, value in chosen.items() if value])
+    with tempfile.TemporaryDirectory(prefix="edgekd-profile-") as name:
+        workload = Workload(
+            target=target, folder=Path(name), batch=batch, sequence=sequence, threads=threads, cpus=tuple(cpus),
+            shapes=shapes or {}, values=values or {}, feeds=feeds, session=session or {},
+        )  # fmt: skip
+        asked = Asked(
+            models=models, workload=workload, budget=Budget(latency_p95_ms=latency_p95_ms, speedup=speedup),
+            tell_apart=tell_apart, sweeps={"batch": tuple(batches), "sequence": tuple(sequences)},
+            per_operator=per_operator, settings=settings or Settings(memory=True), say=say,
+        )  # fmt: skip
+        if reason := unavailable(target):
+            return _missing(asked, reason)
+        return _estimated(asked, out) if is_estimated(target) else _measured(asked)
+
+
+def _check(target: Target, chosen: Sequence[str]) -> None:
+    """Refuse options that would have no effect on this target.
+
+    Raises:
+        TargetError: some are chosen.
+    """
+    if is_estimated(target):
+        idle = [name for name in chosen if name != "out"]
+        reason = "is compiled for, with the model as it stands in the file"
+    else:
+        idle = [name for name in chosen if name == "out" or (name == "session" and target.runtime != "onnxruntime")]
+        reason = "has no compiled model to keep" if "out" in idle else f"runs models with {target.runtime}"
+    if idle:
+        names = ", ".join(f"--{name}" for name in idle)
+        raise TargetError(f"{names} would have no effect: target {target.name!r} {reason}")
+
+
+def _measured(asked: Asked) -> ProfileResult:
+    workload, path = asked.workload, asked.model.path
+    workload.check(list(asked.models.values()))
+    around = surroundings(workload.target)
+    fed = [workload.feed(name, model) for name, model in asked.models.items()]
+    looks = Looks(fed, asked)
+    measurement, verdict = decide(looks.more, clear=looks.is_clear, **asked.budget)
+    points: dict[Axis, tuple[Point, ...]] = {}
+    # The curve of a sweep needs less than the tail of the model itself.
+    short = replace(asked.settings, blocks=-(-asked.settings.blocks // 2), min_runs=asked.settings.min_runs // 2,
+                    memory=False)  # fmt: skip
+    for axis, sizes in asked.sweeps.items():
+        points[axis] = sweep(workload, asked.model, axis, sizes, settings=short, say=asked.say)
     operators: Sequence[Operator] = ()
-    if per_operator:
-        say("tracing operators")
-        operators = trace_operators(subjects[0], **inputs)
-    notes = remarks(measurement, looks.samples, load=load)
+    if asked.per_operator:
+        asked.say("tracing operators")
+        operators = workload.operators(fed[0])
+    notes = (*remarks(measurement, looks.samples, around), *overlaps(operators))
+    measurement = replace(measurement, notes=notes)
     return ProfileResult(
-        subjects[0].path, replace(measurement, notes=notes), verdict if asked else None, tuple(operators), looks.samples
+        model=path,
+        measurement=measurement,
+        verdict=verdict if asked.has_budget else None,
+        mean_ci95_ms=mean_interval(looks.samples[0]),
+        **_placed(operators, workload.target),
+        batches=points["batch"],
+        sequences=points["sequence"],
+        comparison=looks.comparison(asked.models, measurement),
+        samples=looks.samples,
+        conditions=asked.conditions(looks.samples),
     )
 
 
-def remarks(measurement: Measurement, samples: Sequence[Samples], *, load: float | None) -> tuple[str, ...]:
-    """What a reader should know before trusting the figures; nothing when there is nothing to say."""
-    notes = []
-    if not all(part.settled for part in samples):
-        notes.append("the warm-up did not come to rest: medians kept moving by more than 2 %")
-    if measurement.ci95_ms and measurement.p50_ms:
-        low, high = measurement.ci95_ms
-        if not high - low <= 2 * WIDE_INTERVAL * measurement.p50_ms:
-            notes.append(f"the interval of p50 is wider than ±{WIDE_INTERVAL:.0%}: the machine is noisy")
-    if load is not None and load > BUSY_SHARE * host.usable_cores():
-        notes.append(f"the machine was busy before the measurement began (load average {load:.1f})")
-    for part in samples:
-        if part.preemptions > PREEMPTED_SHARE * sum(len(other.ms) for other in samples):
-            notes.append(f"other processes took the core away {part.preemptions} times while measuring")
-            break
-    if (governor := host.governor()) not in ("", "performance"):
-        notes.append(f"the frequency governor is {governor!r}, not 'performance'")
-    return tuple(notes)
-
-
-class _Looks:
-    """Samples collected over several looks, each in a fresh process and as long as all before it."""
-
-    def __init__(
-        self, subjects: Sequence[Subject], inputs: Mapping[str, Any], settings: Settings, say: Callable[[str], None]
-    ) -> None:
-        self.subjects, self.inputs, self.settings, self.say = subjects, inputs, settings, say
-        self.samples: tuple[Samples, ...] = ()
-
-    def more(self, look: int) -> Measurement:
-        """Take further samples and summarize all of them."""
-        names = " and ".join(str(subject.path) for subject in self.subjects)
-        self.say(f"measuring {names}" if look == 0 else "too close to tell: measuring again, longer")
-        factor = 2 ** max(0, look - 1)
-        longer = replace(
-            self.settings,
-            blocks=self.settings.blocks * factor,
-            min_runs=self.settings.min_runs * factor,
-            max_seconds=self.settings.max_seconds * factor,
-            memory=self.settings.memory and look == 0,
-            seed=self.settings.seed + look,
+def _estimated(asked: Asked, out: Path | None) -> ProfileResult:
+    target = asked.workload.target
+    with _kept(out, asked.workload.folder) as folder:
+        measurement, estimates = estimate(target, asked.models, folder, say=asked.say)
+        verdict = judge(measurement, **asked.budget) if asked.has_budget else None
+        comparison = None
+        if "baseline" in estimates:
+            a_measurement = replace(
+                measurement, p50_ms=estimates["baseline"].ms, teacher_p50_ms=None, speedup=None, throughput=None
+            )
+            comparison = compare(asked.models["baseline"].path, asked.model.path, a_measurement, measurement)
+        reason = f"{target.name} compiles a model for one size: profile a bundle of that size instead"
+        points = {
+            axis: tuple(Point(size=size, reason=reason) for size in sizes) for axis, sizes in asked.sweeps.items()
+        }
+        return ProfileResult(
+            model=asked.model.path,
+            measurement=measurement,
+            verdict=verdict,
+            **_placed(estimates["model"].operators, target),
+            batches=points["batch"],
+            sequences=points["sequence"],
+            comparison=comparison,
+            estimate=estimates["model"],
+            kept=out,
+            conditions=asked.conditions(),
         )
-        taken = measure(self.subjects, settings=longer, **self.inputs)
-        earlier = [[part] for part in self.samples] or [[] for _ in taken]
-        self.samples = tuple(stats.join([*parts, now]) for parts, now in zip(earlier, taken, strict=True))
-        baseline = self.samples[1] if len(self.samples) > 1 else None
-        return stats.summarize(self.samples[0], target=self.inputs["target"].name, baseline=baseline)
+
+
+def _missing(asked: Asked, reason: str) -> ProfileResult:
+    workload = asked.workload
+    missing = stats.unavailable(workload.target.name, reason, batch=workload.batch or 1, sequence=workload.sequence)
+    verdict = judge(missing, **asked.budget) if asked.has_budget else None
+    return ProfileResult(model=asked.model.path, measurement=missing, verdict=verdict, conditions=asked.conditions())
+
+
+def _placed(operators: Sequence[Operator], target: Target) -> dict[str, Any]:
+    return {
+        "operators": tuple(operators),
+        "placement": shares(operators),
+        "fallback": fallbacks(operators, target),
+        "wanted": wanted(target),
+    }
+
+
+@contextlib.contextmanager
+def _kept(out: Path | None, scratch: Path) -> Iterator[Path]:
+    """The folder to compile into: `out`, or one that goes away with the scratch folder."""
+    if out is None:
+        yield scratch / "compiled"
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(f"cannot keep the compiled model in {out}: {error.strerror}") from None
+    yield out

@@ -1,106 +1,169 @@
-"""A latency table: what the parts of one architecture family cost on one target, fitted to whole measured models.
+"""A latency table of one target: measured (or estimated) models, the cells fitted to them, and predictions.
 
-    latency = base + Σ over layers [ fixed + attention(heads) + inner(neurons) ]
-
-`attention` and `inner` are monotone and piecewise linear; so nothing gets cheaper by growing. Where layers of
-different depth differ in cost (convolutional stages), the fixed and inner parts are fitted per source layer.
+The table keeps every point it was fitted to, so that measuring can stop at any time and go on later, and the points
+that were held out, on which its published error rests.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgekd.arch import Arch, Layer
 from edgekd.errors import ModelError
+from edgekd.files import write_text
+from edgekd.latency.cell import Cell, Floats, Frame, Shapes
+from edgekd.latency.fit import fit
 
-Floats = npt.NDArray[np.float64]
-Points = Sequence[tuple[Arch, float]]
-
-MAX_KNOTS = 8
-ANY_SOURCE = -1
-# Weight of "neighbouring slopes are alike" against the measurements: it only decides where these say nothing.
-SMOOTHNESS = 1e-3
+SCHEMA = 1
+FIT, HELD_OUT = "fit", "held_out"
+FEWEST = 8
+"""Points that a cell needs before it predicts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What was measured and where; a table holds for these only."""
+    """Where and how the points were taken; a table holds for these only.
+
+    `kind` is `measured` or `vendor_estimate`, `options` what else the figures depend on, `anchor_ms` the median of
+    the reference model to whose speed measured points are scaled (see `edgekd.calibrate`).
+    """
 
     target: str
-    batch: int
-    sequence: int | None
-    threads: int
-    precision: str
+    kind: str = "measured"
+    threads: int = 1
     cpu: str = ""
     runtime: str = ""
     date: str = ""
+    fingerprint: str = ""
+    anchor: str = ""
+    anchor_ms: float | None = None
+    caveat: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A monotone piecewise-linear cost in milliseconds over `knots` (the first is 0, where it costs nothing)."""
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One model that was timed: `ms` is its median; `noise` the relative half width of its 95 % interval."""
 
-    knots: tuple[float, ...] = (0.0,)
-    ms: tuple[float, ...] = (0.0,)
+    frame: Frame
+    layers: tuple[tuple[int, int, int], ...]
+    ms: float
+    use: str = FIT
+    noise: float = 0.0
 
-    def at(self, x: float) -> float:
-        """Cost at `x`; beyond the last knot the last slope goes on."""
-        last = self.knots[-1]
-        if x <= last or len(self.knots) < 2:
-            return float(np.interp(x, self.knots, self.ms))
-        slope = (self.ms[-1] - self.ms[-2]) / (last - self.knots[-2])
-        return self.ms[-1] + slope * (x - last)
+    @property
+    def arch(self) -> Arch:
+        """Its shape; `layers` holds source, heads and neurons."""
+        layers = tuple(Layer(source=source, heads=heads, neurons=neurons) for source, heads, neurons in self.layers)
+        frame = self.frame
+        return Arch(family=frame.family, hidden=frame.hidden, head_dim=frame.head_dim, vocabulary=0, layers=layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A predicted median in milliseconds. `error` is the 90th percentile of the table's held-out relative error.
+
+    `extrapolates` names each dimension that lies outside what was measured; the error does not hold there.
+    """
+
+    ms: float
+    kind: str = "predicted"
+    basis: str = "measured"
+    error: float | None = None
+    extrapolates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """Costs in milliseconds. `layer_ms` and `neurons` are keyed by source layer, or by -1 for all layers alike.
-
-    `error` holds the relative errors of each point predicted from all the others: `median`, `p90`, `max`, and `n`.
-    """
+    """What is known of one target. `held_out` is the published error (see `held_out_error`)."""
 
     conditions: Conditions
-    family: str
-    hidden: int
-    base_ms: float
-    layer_ms: Mapping[int, float]
-    heads: Curve
-    neurons: Mapping[int, Curve]
-    error: Mapping[str, float] = field(default_factory=dict)
+    cells: tuple[Cell, ...] = ()
+    points: tuple[Point, ...] = ()
+    held_out: Mapping[str, Any] = field(default_factory=dict)
 
-    def predict(self, arch: Arch) -> float:
-        """Latency of an architecture in milliseconds.
+    def predict(
+        self, arch: Arch, *, lowering: str, batch: int = 1, sequence: int | None = None, outline: str = ""
+    ) -> Prediction:
+        """Predict one shape; under a millisecond.
 
         Raises:
-            ModelError: it is of another family or hidden size, or has a layer the table knows nothing of.
+            ModelError: the table has nothing on such models, or nothing near this batch or sequence.
         """
-        if (arch.family, arch.hidden) != (self.family, self.hidden):
-            raise ModelError(
-                f"the latency table is of {self.family} with hidden size {self.hidden}, not of {arch.family} with "
-                f"{arch.hidden}: measure that first"
-            )
-        return self.base_ms + sum(self._layer(layer) for layer in arch.layers)
-
-    def extrapolates(self, arch: Arch) -> bool:
-        """Whether a layer is wider than anything measured."""
-        return any(
-            layer.heads > self.heads.knots[-1] or layer.neurons > self.neurons[self._key(layer)].knots[-1]
-            for layer in arch.layers
+        mix = self.mix(frame_of(arch, lowering, batch, sequence, outline))
+        beyond = dict.fromkeys([*mix.beyond, *(text for _, cell in mix.cells for text in cell.beyond(arch))])
+        return Prediction(
+            ms=float(mix.predict([arch])[0]),
+            basis=self.conditions.kind,
+            error=self._error(arch.family, lowering),
+            extrapolates=tuple(beyond),
         )
 
+    def mix(self, frame: Frame) -> Mix:
+        """The cells that together stand for a frame; keep it to predict many shapes at once.
+
+        Raises:
+            ModelError: the table has nothing on such models, or nothing near them.
+        """
+        cells = [cell for cell in self.cells if _alike(cell.frame, frame)]
+        if not cells:
+            raise ModelError(f"the latency table of {self.conditions.target} has nothing on {frame.describe()}: "
+                             f"{self._covered()}")  # fmt: skip
+        weights: list[dict[Any, float]] = []
+        beyond = []
+        for axis in ("hidden", "batch", "sequence"):
+            known = sorted({getattr(cell.frame, axis) or 0 for cell in cells})
+            between, outside = _between(getattr(frame, axis) or 0, known, axis, frame)
+            weights.append(between)
+            beyond += [outside] if outside else []
+        by_place = {(c.frame.hidden, c.frame.batch, c.frame.sequence or 0): c for c in cells}
+        mixed = []
+        for (hidden, a), (batch, b), (sequence, c) in itertools.product(*(axis.items() for axis in weights)):
+            if (hidden, batch, sequence) not in by_place:
+                raise ModelError(f"the latency table of {self.conditions.target} has gaps around {frame.describe()}: "
+                                 f"{self._covered()}")  # fmt: skip
+            mixed.append((a * b * c, by_place[hidden, batch, sequence]))
+        return Mix(tuple(mixed), tuple(beyond))
+
+    def covers(self, frame: Frame) -> bool:
+        """Whether the frame can be predicted without extrapolating over hidden size, batch or sequence."""
+        try:
+            return not self.mix(frame).beyond
+        except ModelError:
+            return False
+
+    def refit(self, frames: Iterable[Frame] | None = None) -> LatencyTable:
+        """Fit the cells of `frames` (default: of all) to the points again, and judge them on the points held out."""
+        wanted = set(frames) if frames is not None else {point.frame for point in self.points}
+        cells = [cell for cell in self.cells if cell.frame not in wanted]
+        for frame in sorted(wanted, key=Frame.describe):
+            used = [point for point in self.points if point.frame == frame and point.use == FIT]
+            if len(used) >= FEWEST:
+                archs, ms = [point.arch for point in used], [point.ms for point in used]
+                cells.append(fit(archs, ms, frame, by_source=bool(frame.outline)))
+        table = replace(self, cells=tuple(cells))
+        return replace(table, held_out=held_out_error(table, [p for p in self.points if p.use == HELD_OUT]))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Plain data, ready for JSON; points are grouped by frame."""
+        grouped: dict[Frame, list[list[Any]]] = {}
+        for point in self.points:
+            row = [point.use, round(point.ms, 6), round(point.noise, 4), [list(layer) for layer in point.layers]]
+            grouped.setdefault(point.frame, []).append(row)
         return {
-            **asdict(self),
-            "layer_ms": {str(key): ms for key, ms in self.layer_ms.items()},
-            "neurons": {str(key): asdict(curve) for key, curve in self.neurons.items()},
+            "schema": SCHEMA,
+            "conditions": asdict(self.conditions),
+            "held_out": dict(self.held_out),
+            "cells": [cell.to_dict() for cell in self.cells],
+            "points": [{"frame": asdict(frame), "rows": rows} for frame, rows in grouped.items()],
         }
 
     @classmethod
@@ -108,34 +171,79 @@ class LatencyTable:
         """Read what `to_dict` wrote.
 
         Raises:
-            ModelError: a field is missing, unknown or of the wrong kind.
+            ModelError: a field is missing, unknown or of the wrong kind, or the schema is newer.
         """
         try:
+            if int(data["schema"]) > SCHEMA:
+                raise ValueError(f"schema {data['schema']} is newer than this edgekd")
+            points = [
+                Point(frame=Frame(**group["frame"]), use=use, ms=float(ms), noise=float(noise),
+                      layers=tuple((int(s), int(h), int(n)) for s, h, n in layers))
+                for group in data["points"] for use, ms, noise, layers in group["rows"]
+            ]  # fmt: skip
             return cls(
-                **{
-                    **data,
-                    "conditions": Conditions(**data["conditions"]),
-                    "layer_ms": {int(key): float(ms) for key, ms in data["layer_ms"].items()},
-                    "heads": _curve(data["heads"]),
-                    "neurons": {int(key): _curve(curve) for key, curve in data["neurons"].items()},
-                }
+                conditions=Conditions(**data["conditions"]),
+                cells=tuple(Cell.from_dict(cell) for cell in data["cells"]),
+                points=tuple(points),
+                held_out=dict(data["held_out"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(f"the latency table is damaged: {error}; measure it again") from None
+            raise ModelError(f"the latency table is damaged: {error}; calibrate again") from None
 
     def save(self, path: Path) -> None:
-        """Write the table as JSON."""
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the table as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(self.to_dict(), separators=(",", ":")).replace('{"frame"', '\n{"frame"') + "\n")
 
-    def _key(self, layer: Layer) -> int:
-        key = layer.source if ANY_SOURCE not in self.neurons else ANY_SOURCE
-        if key not in self.neurons:
-            raise ModelError(f"the latency table knows no layer made from the teacher's layer {key}")
-        return key
+    def _error(self, family: str, lowering: str) -> float | None:
+        group = self.held_out.get("groups", {}).get(f"{family} {lowering}", self.held_out)
+        error = group.get("p90")
+        return None if error is None else float(error)
 
-    def _layer(self, layer: Layer) -> float:
-        key = self._key(layer)
-        return self.layer_ms[key] + self.heads.at(layer.heads) + self.neurons[key].at(layer.neurons)
+    def _covered(self) -> str:
+        frames = sorted({cell.frame for cell in self.cells}, key=Frame.describe)
+        if not frames:
+            return "it is empty; run `edgekd calibrate`"
+        shown = "; ".join(frame.describe() for frame in frames[:6])
+        return f"it covers {shown}" + (f" and {len(frames) - 6} more" if len(frames) > 6 else "")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Cells with weights that sum to 1: logarithms of latencies are mixed, so powers of a dimension are exact."""
+
+    cells: tuple[tuple[float, Cell], ...]
+    beyond: tuple[str, ...] = ()
+
+    def predict(self, archs: Sequence[Arch]) -> Floats:
+        """Median latencies [P] in milliseconds of a population of one family."""
+        shapes = Shapes.of(archs)
+        logarithm = np.zeros(len(archs))
+        for weight, cell in self.cells:
+            logarithm += weight * np.log(cell.predict(shapes))
+        return np.asarray(np.exp(logarithm))
+
+
+def frame_of(arch: Arch, lowering: str, batch: int = 1, sequence: int | None = None, outline: str = "") -> Frame:
+    """The frame in which an architecture is predicted."""
+    return Frame(
+        family=arch.family, hidden=arch.hidden, head_dim=arch.head_dim, lowering=lowering, batch=batch,
+        sequence=sequence, outline=outline,
+    )  # fmt: skip
+
+
+def held_out_error(table: LatencyTable, points: Sequence[Point]) -> dict[str, Any]:
+    """Relative errors of predictions for points that no fit has seen, in all and by family and lowering."""
+    errors: dict[str, list[float]] = {}
+    for point in points:
+        frame = point.frame
+        try:
+            predicted = float(table.mix(frame).predict([point.arch])[0])
+        except ModelError:
+            continue
+        errors.setdefault(f"{frame.family} {frame.lowering}", []).append(predicted / point.ms - 1)
+    everything = [error for group in errors.values() for error in group]
+    return {**_summary(everything), "groups": {name: _summary(group) for name, group in sorted(errors.items())}}
 
 
 def load(path: Path) -> LatencyTable:
@@ -153,125 +261,43 @@ def load(path: Path) -> LatencyTable:
     return LatencyTable.from_dict(data)
 
 
-def fit(points: Points, *, conditions: Conditions, by_source: bool = False) -> LatencyTable:
-    """Fit a table to measured (architecture, milliseconds) pairs by nonnegative least squares on relative errors.
-
-    `by_source` fits fixed and inner costs for each source layer by itself: for convolutional stages. The error is
-    found by leaving out one point at a time.
-
-    Raises:
-        ModelError: fewer than three points, points of several families or hidden sizes, or a latency not over 0.
-    """
-    shapes = {(arch.family, arch.hidden) for arch, _ in points}
-    if len(points) < 3 or len(shapes) != 1:
-        raise ModelError(f"a latency table takes at least 3 points of one family and hidden size, got {len(points)}")
-    if not all(ms > 0 for _, ms in points):
-        raise ModelError("a latency table takes latencies over 0 ms")
-    basis = _Basis.of([arch for arch, _ in points], by_source=by_source)
-    rows = np.stack([basis.row(arch) for arch, _ in points])
-    ms = np.array([value for _, value in points])
-    table = basis.table(_solve(rows, ms, basis), conditions, *shapes.pop())
-    return replace(table, error=_left_out(rows, ms, basis))
+def find_table(target: str) -> Path | None:
+    """The table of a target: `./profiles/NAME.json`, else the shipped one, else None."""
+    inside = Path(__file__).parent.parent / "_profiles"
+    shipped = inside if inside.is_dir() else Path(__file__).parent.parent.parent / "profiles"
+    for folder in (Path("profiles"), shipped):
+        if (path := folder / f"{target}.json").is_file():
+            return path
+    return None
 
 
-@dataclass(frozen=True)
-class _Basis:
-    """Columns of the fit: base, fixed cost per source, one increment per knot interval of each curve."""
-
-    sources: tuple[int, ...]
-    head_knots: tuple[float, ...]
-    neuron_knots: tuple[tuple[float, ...], ...]
-
-    @classmethod
-    def of(cls, archs: Sequence[Arch], *, by_source: bool) -> _Basis:
-        layers = [layer for arch in archs for layer in arch.layers]
-        sources = tuple(sorted({layer.source for layer in layers})) if by_source else (ANY_SOURCE,)
-        widths = [[layer.neurons for layer in layers if source in (ANY_SOURCE, layer.source)] for source in sources]
-        return cls(sources, _knots([layer.heads for layer in layers]), tuple(_knots(width) for width in widths))
-
-    def row(self, arch: Arch) -> Floats:
-        """What one architecture has of each column."""
-        fixed = np.zeros(len(self.sources))
-        heads = np.zeros(len(self.head_knots) - 1)
-        neurons = [np.zeros(len(knots) - 1) for knots in self.neuron_knots]
-        for layer in arch.layers:
-            place = 0 if self.sources == (ANY_SOURCE,) else self.sources.index(layer.source)
-            fixed[place] += 1
-            heads += _filled(layer.heads, self.head_knots)
-            neurons[place] += _filled(layer.neurons, self.neuron_knots[place])
-        return np.concatenate([[1.0], fixed, heads, *neurons])
-
-    def curves(self) -> list[tuple[int, tuple[float, ...]]]:
-        """First column and knots of each curve."""
-        starts, column = [], 1 + len(self.sources)
-        for knots in (self.head_knots, *self.neuron_knots):
-            starts.append((column, knots))
-            column += len(knots) - 1
-        return starts
-
-    def table(self, solution: Floats, conditions: Conditions, family: str, hidden: int) -> LatencyTable:
-        """Read the fitted columns back as a table."""
-        heads, *neurons = (
-            Curve(knots, (0.0, *np.cumsum(solution[start : start + len(knots) - 1]).tolist()))
-            for start, knots in self.curves()
-        )
-        fixed = solution[1 : 1 + len(self.sources)].tolist()
-        return LatencyTable(
-            conditions=conditions,
-            family=family,
-            hidden=hidden,
-            base_ms=float(solution[0]),
-            layer_ms=dict(zip(self.sources, fixed, strict=True)),
-            heads=heads,
-            neurons=dict(zip(self.sources, neurons, strict=True)),
-        )
+def _alike(own: Frame, asked: Frame) -> bool:
+    same = ("family", "head_dim", "lowering", "outline")
+    if asked.outline and own.hidden != asked.hidden:
+        return False
+    return all(getattr(own, key) == getattr(asked, key) for key in same)
 
 
-def _knots(values: Sequence[int]) -> tuple[float, ...]:
-    distinct = np.unique(np.asarray([0, *values], dtype=float))
-    if len(distinct) > MAX_KNOTS:
-        distinct = distinct[np.linspace(0, len(distinct) - 1, MAX_KNOTS).round().astype(int)]
-    return tuple(distinct.tolist())
+def _between(value: float, known: Sequence[float], axis: str, frame: Frame) -> tuple[dict[Any, float], str]:
+    """Weights of the known values around `value` on a logarithmic scale, and what to say if it lies outside."""
+    if value in known:
+        return {value: 1.0}, ""
+    if len(known) < 2 or not value:
+        raise ModelError(f"the latency table knows {axis} {', '.join(f'{k:g}' for k in known)} only, not "
+                         f"{value or 'none'}, for {frame.describe()}")  # fmt: skip
+    low = max([k for k in known if k < value], default=known[0])
+    place = min(known.index(low), len(known) - 2)
+    low, high = known[place], known[place + 1]
+    share = math.log(value / low) / math.log(high / low)
+    outside = "" if known[0] <= value <= known[-1] else f"{axis} {value:g} (measured: {known[0]:g} to {known[-1]:g})"
+    return {low: 1.0 - share, high: share}, outside
 
 
-def _filled(x: float, knots: Sequence[float]) -> Floats:
-    """How much of each interval between knots lies under `x` [len(knots) - 1]; over 1 beyond the last one."""
-    edges = np.asarray(knots)
-    part: Floats = np.clip((x - edges[:-1]) / np.diff(edges), 0.0, 1.0)
-    if len(part) and x > edges[-1]:
-        part[-1] = (x - edges[-2]) / (edges[-1] - edges[-2])
-    return part
-
-
-def _solve(rows: Floats, ms: Floats, basis: _Basis) -> Floats:
-    from scipy.optimize import nnls
-
-    smooth = []
-    for start, knots in basis.curves():
-        widths = np.diff(knots)
-        scale = SMOOTHNESS * float(knots[-1])
-        for step in range(len(widths) - 1):
-            line = np.zeros(rows.shape[1])
-            line[start + step], line[start + step + 1] = scale / widths[step], -scale / widths[step + 1]
-            smooth.append(line / float(np.median(ms)))
-    left = np.vstack([rows / ms[:, None], *smooth]) if smooth else rows / ms[:, None]
-    right = np.concatenate([np.ones(len(ms)), np.zeros(len(smooth))])
-    solution: Floats = nnls(left, right, maxiter=50 * left.shape[1])[0]
-    return solution
-
-
-def _left_out(rows: Floats, ms: Floats, basis: _Basis) -> dict[str, float]:
-    errors = []
-    for index in range(len(ms)):
-        kept = np.arange(len(ms)) != index
-        predicted = float(rows[index] @ _solve(rows[kept], ms[kept], basis))
-        errors.append(abs(predicted / ms[index] - 1))
-    median, p90, worst = np.quantile(errors, (0.5, 0.9, 1.0)).tolist()
-    return {"median": median, "p90": p90, "max": worst, "n": len(errors)}
-
-
-def _curve(data: Mapping[str, Any]) -> Curve:
-    knots, ms = tuple(map(float, data["knots"])), tuple(map(float, data["ms"]))
-    if len(knots) != len(ms) or sorted(set(knots)) != list(knots) or not knots:
-        raise ValueError("a curve's knots must rise and each have a cost")
-    return Curve(knots, ms)
+def _summary(errors: Sequence[float]) -> dict[str, Any]:
+    if not errors:
+        return {"n": 0}
+    sizes = np.abs(errors)
+    median, p90, p99, worst = (float(f"{x:.4g}") for x in np.quantile(sizes, (0.5, 0.9, 0.99, 1.0)))
+    within = {f"within_{limit}": float(f"{np.mean(sizes <= limit / 100):.4g}") for limit in (5, 10)}
+    bias = float(f"{np.median(errors):.4g}")
+    return {"n": len(errors), "median": median, "p90": p90, "p99": p99, "max": worst, "bias": bias, **within}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 EXIT_CODES = {PASS: 0, FAIL: 3, INCONCLUSIVE: 5}
 MAX_LOOKS = 4
+ONE_FIGURE = ("vendor_estimate", "predicted")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,12 @@ def decide(
     *,
     latency_p95_ms: float | None = None,
     speedup: float | None = None,
+    clear: Callable[[Measurement], bool] = lambda measurement: True,
     max_looks: int = MAX_LOOKS,
 ) -> tuple[Measurement, Verdict]:
     """Measure, judge, and measure more while the verdict is inconclusive, at most `max_looks` times.
+
+    `clear` may ask for more than the verdict needs.
 
     `measure_more(look)` (0, 1, …) takes further samples and returns the measurement over all samples so far; let it
     take as many again as there are, so that the interval shrinks by a third at each look.
@@ -64,19 +68,23 @@ def decide(
     for look in range(max_looks):
         measurement = measure_more(look)
         verdict = judge(measurement, latency_p95_ms=latency_p95_ms, speedup=speedup)
-        if verdict.status != INCONCLUSIVE:
+        if verdict.status != INCONCLUSIVE and clear(measurement):
             break
     return measurement, verdict
 
 
 def _judge_latency(measurement: Measurement, budget: float) -> tuple[str, str]:
-    value, interval = measurement.p95_ms, measurement.p95_ci99_ms
+    value, interval, name = measurement.p95_ms, measurement.p95_ci99_ms, "p95"
+    if value is None and measurement.kind in ONE_FIGURE:
+        # Such a source states one figure and knows no percentiles: that figure is what there is to compare.
+        value, interval, name = measurement.p50_ms, None, f"the {measurement.kind.replace('_', ' ')} of"
     if value is None:
         return INCONCLUSIVE, f"p95 is not known ({measurement.kind}), budget {budget:g} ms"
     low, high = interval or (value, value)
     status = PASS if high <= budget else FAIL if low > budget else INCONCLUSIVE
     verb = {PASS: "is within", FAIL: "is over", INCONCLUSIVE: "cannot be told apart from"}[status]
-    return status, f"p95 {value:.4g} ms ({_bounds(interval, ' ms', measurement)}) {verb} the budget of {budget:g} ms"
+    bounds = _bounds(interval, " ms", measurement)
+    return status, f"{name} {value:.4g} ms ({bounds}) {verb} the budget of {budget:g} ms"
 
 
 def _judge_speedup(measurement: Measurement, budget: float) -> tuple[str, str]:
@@ -91,7 +99,9 @@ def _judge_speedup(measurement: Measurement, budget: float) -> tuple[str, str]:
 
 def _bounds(interval: Interval | None, unit: str, measurement: Measurement) -> str:
     if interval is None:
-        return f"{measurement.kind.replace('_', ' ')}, no interval"
+        return f"{measurement.kind.replace('_', ' ')}, no interval" + (
+            " and no p95" if measurement.p95_ms is None else ""
+        )
     low, high = interval
     if math.isinf(high):
         return f"{measurement.n} samples are too few to bound it"

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from edgekd.errors import ModelError
-from edgekd.latency.feeds import graph_inputs, synthesize
+from edgekd.latency.feeds import graph_inputs, resized, synthesize
 
 
 def test_token_ids_stay_within_the_lookup_table_and_masks_are_ones(text_model: Path) -> None:
@@ -78,3 +80,76 @@ def test_a_file_that_is_not_onnx_is_named(tmp_path: Path) -> None:
             synthesize(tmp_path / "bad.onnx")
     with pytest.raises(ModelError, match="there is no model file"):
         synthesize(tmp_path / "none.onnx")
+
+
+def save(graph: onnx.GraphProto, path: Path) -> Path:
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
+
+
+def scalar_model(tmp_path: Path) -> Path:
+    """A rate without a shape, states behind a fixed number of layers, and nameless dimensions."""
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["signal", "gain"], ["out"]), helper.make_node("Identity", ["state"], ["next"])],
+        "scalar",
+        [
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, "batch", 4]),
+            helper.make_tensor_value_info("signal", TensorProto.FLOAT, ["batch", "sequence"]),
+            helper.make_tensor_value_info("rate", TensorProto.INT64, []),
+            helper.make_tensor_value_info("gain", TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", "sequence"]),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, [2, "batch", 4]),
+        ],
+    )
+    return save(graph, tmp_path / "scalar.onnx")
+
+
+def test_numbers_without_a_shape_and_named_values(tmp_path: Path) -> None:
+    path = scalar_model(tmp_path)
+    feeds = synthesize(path, batch=3, values={"rate": 16000})
+    assert feeds.arrays["rate"].shape == ()
+    assert int(feeds.arrays["rate"]) == 16000
+    assert int(synthesize(path).arrays["rate"]) == 1
+    # The batch is the dimension of that name, not the first number of the first input.
+    assert feeds.arrays["state"].shape == (2, 3, 4)
+    assert (feeds.batch, feeds.sequence) == (3, 64)
+    with pytest.raises(ModelError, match=r"--value: unknown input 'rat' \(did you mean 'rate'"):
+        synthesize(path, values={"rat": 1})
+
+
+def test_all_open_dimensions_are_told_at_once(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Identity", ["state"], ["next"])],
+        "nameless",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["?", "unk__7"]),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, None, 4]),
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
+        ],
+    )
+    path = save(graph, tmp_path / "nameless.onnx")
+    with pytest.raises(ModelError) as caught:
+        synthesize(path)
+    said = str(caught.value)
+    assert "input x ?×? leaves axis 1 open" in said
+    assert "input state 2×?×4 leaves axis 1 open" in said
+    options = said.split("with ")[-1]
+    assert options == "--shape x=1,64 --shape state=2,1,4"
+    # What it suggests is what it takes.
+    shapes = {"x": (1, 64), "state": (2, 1, 4)}
+    assert synthesize(path, shapes=shapes).arrays["state"].shape == (2, 1, 4)
+
+
+def test_given_shapes_are_resized_where_the_graph_is_free(image_model: Path, tmp_path: Path) -> None:
+    assert resized(image_model, {"pixel_values": (1, 3, 8, 8)}, batch=4, sequence=None) == {
+        "pixel_values": (4, 3, 8, 8)
+    }
+    path = scalar_model(tmp_path)
+    assert resized(path, {"state": (2, 1, 4)}, batch=4, sequence=9) == {"state": (2, 4, 4)}
+    assert resized(path, {"signal": (1, 5)}, batch=None, sequence=9) == {"signal": (1, 9)}
+    assert resized(path, {"signal": (1, 5, 7)}, batch=4, sequence=9) == {"signal": (1, 5, 7)}

@@ -57,6 +57,19 @@ def test_an_estimate_is_named_as_one() -> None:
     assert "vendor estimate, no interval" in judge(estimate, latency_p95_ms=1.0).reason
 
 
+@pytest.mark.parametrize(("budget", "status"), [(1.0, "pass"), (0.8, "pass"), (0.7, "fail")])
+@pytest.mark.parametrize("kind", ["vendor_estimate", "predicted"])
+def test_the_only_figure_of_an_estimate_is_what_is_compared(kind: str, budget: float, status: str) -> None:
+    verdict = judge(Measurement(target="npu", kind=kind, p50_ms=0.8), latency_p95_ms=budget)
+    assert verdict.status == status
+    assert kind.replace("_", " ") in verdict.reason
+    assert "no p95" in verdict.reason
+
+
+def test_a_measurement_without_p95_is_not_judged_by_its_median() -> None:
+    assert judge(Measurement(target="t", kind="measured", p50_ms=0.8), latency_p95_ms=1.0).status == "inconclusive"
+
+
 def test_deciding_stops_when_clear_and_is_bounded() -> None:
     looks: list[int] = []
 
@@ -68,6 +81,17 @@ def test_deciding_stops_when_clear_and_is_bounded() -> None:
     assert looks == [0, 1]
     assert decide(answer([(3.5, 4.5)] * 5), latency_p95_ms=4.0, max_looks=3)[1].status == "inconclusive"
     assert looks == [0, 1, 2]
+
+
+def test_more_may_be_asked_for_than_the_verdict_needs() -> None:
+    looks: list[int] = []
+
+    def more(look: int) -> Measurement:
+        looks.append(look)
+        return measured(3.0, 3.5)
+
+    assert decide(more, clear=lambda measurement: len(looks) == 2)[1].status == "pass"
+    assert looks == [0, 1]
 
 
 class Machine:
