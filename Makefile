@@ -11,7 +11,7 @@ PYTHON ?= $(shell for name in $(PYTHONS); do \
 	if $$name -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; \
 	then echo $$name; break; fi; done)
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all test-devices lint format bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -38,6 +38,12 @@ test: lint ## lint and the fast tests
 test-all: lint ## lint and every test, with coverage
 	$(BIN)/python -m pytest -m 'not device' --cov --cov-report=term
 
+test-devices: ## the tests that need OpenVINO, a vendor's compiler or sshd, in an environment of their own
+	@[ -x $(VENV)-devices/bin/python ] || $(PYTHON) -m venv $(VENV)-devices
+	$(VENV)-devices/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e '.[dev,openvino,qualcomm,ethos-u,plots]'
+	$(VENV)-devices/bin/python -m pytest -p no:anyio -m device
+
 format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -46,5 +52,5 @@ bench: $(STAMP) ## the comparisons the README's figures come from
 	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean: ## remove the environment, caches and builds; runs/ stays
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
+	rm -rf $(VENV) $(VENV)-devices build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -114,15 +114,30 @@ def test_one_version():
 
 
 def test_everything_imported_is_declared():
-    declared = {re.split(r"[<>=~\[; ]", line)[0].lower() for line in project()["project"]["dependencies"]}
+    extras = project()["project"]["optional-dependencies"]
+    optional = [line for name, lines in extras.items() if name != "dev" for line in lines]
+    required = project()["project"]["dependencies"]
+    declared = {re.split(r"[<>=~\[; ]", line)[0].lower() for line in (*required, *optional)}
     providers = importlib.metadata.packages_distributions()
     missing = {}
     for path in sorted((ROOT / "edgekd").rglob("*.py")):
         for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
-            distributions = {each.lower() for each in providers.get(name, [name])}
+            distributions = {each.lower() for each in providers.get(name, [name.replace("_", "-")])}
             if name not in sys.stdlib_module_names and name != "edgekd" and not distributions & declared:
                 missing[name] = str(path.relative_to(ROOT))
     assert missing == {}
+
+
+def test_what_an_extra_brings_is_imported_only_when_it_is_used():
+    code = (
+        "import sys, pkgutil, importlib, edgekd\n"
+        "skip = ('__main__', 'worker', 'runner', '_demo')\n"
+        "for module in pkgutil.walk_packages(edgekd.__path__, 'edgekd.'):\n"
+        "    if not module.name.endswith(skip):\n        importlib.import_module(module.name)\n"
+        "print({'openvino', 'onnxruntime_qnn', 'litert_torch', 'ethosu', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -137,7 +152,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 def test_what_the_package_ships_is_there():
     included = project()["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    assert included == {"targets": "edgekd/_targets"}
+    assert included == {"profiles": "edgekd/_profiles", "targets": "edgekd/_targets"}
     assert list((ROOT / "targets").glob("*.yaml"))
     assert {path.stem for path in (ROOT / "edgekd/recipes").glob("*.yaml")} == set(PRESETS)
     assert (ROOT / "edgekd/py.typed").exists()

@@ -18,6 +18,8 @@ COMMANDS = {
     "finetune": "Make a teacher from a base model and labelled data.",
     "evaluate": "Metric of a bundle's ONNX artifact on data.",
     "profile": "Latency of an ONNX model or bundle on a target.",
+    "calibrate": "Measure a latency table of a target.",
+    "predict": "Predict a latency from a table.",
     "export": "Turn a student folder into an ONNX bundle.",
     "report": "Write the report of a finished run again.",
     "targets": "List, show or check target files.",

@@ -24,7 +24,8 @@ class Search:
     Candidates are scored by the KL divergence of their untrained outputs from the teacher's on `samples` training
     examples. `margin` is how far below the budget to aim; `head_step` and `neuron_step` are the sizes in which
     widths are cut; `min_layers` bounds the depth. The chosen shape is built and measured, and the prediction is
-    corrected by what was seen, at most `checks` times. `table` names a latency table measured before.
+    corrected by what was seen, at most `checks` times. `table` names a latency table of `edgekd calibrate`; without it
+    the target's own in `profiles/` is used if it holds here and covers the teacher, else about ten shapes are measured.
     """
 
     samples: int = 256

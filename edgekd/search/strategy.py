@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgekd.arch import Arch
+from edgekd.calibrate.bodies import body_of_student
+from edgekd.calibrate.estimates import Estimator
+from edgekd.devices import is_estimated, unavailable
 from edgekd.errors import BudgetError, StageError
 from edgekd.latency.bench import Subject
 from edgekd.latency.stats import summarize
-from edgekd.search.points import build_graph
-from edgekd.search.reference import Reference, droppable_layers, measure_reference, time_graphs
+from edgekd.search.reference import Reference, build_graph, droppable_layers, find_reference, time_graphs
 from edgekd.search.score import Scorer
 from edgekd.search.space import Steps, depth_chain, importance_widths, uniform_widths, with_layers
 from edgekd.surgery import Importance, measure_importance
@@ -35,15 +37,16 @@ def choose(settings: Search, student: Student, ctx: Context) -> Student:
     if not ctx.budget.asks_latency:
         ctx.notes["reason"] = "the budget does not limit the latency; the full shape is kept"
         return replace(student, plan=student.arch)
+    reference = find_reference(settings, student, ctx)
     importance = measure_importance(student, sample_batches(ctx.train, settings.samples, seed=ctx.seed))
-    reference = measure_reference(settings, student, importance, ctx)
     hunt = _Hunt(settings, student, importance, reference, ctx)
     plan = hunt.run()
     ctx.notes.update(
         shape=plan.describe(),
-        predicted_ms=reference.table.predict(plan),
+        predicted_ms=hunt.predict(plan),
         teacher_ms=reference.teacher_ms,
-        table_error=dict(reference.table.error),
+        table=reference.source,
+        table_error=[dict(cell.error) for _, cell in reference.table.mix(reference.frame).cells],
         checks=hunt.checks,
         candidates=hunt.candidates,
     )
@@ -64,7 +67,8 @@ class _Hunt:
     ) -> None:
         self.settings, self.student, self.importance, self.ctx = settings, student, importance, ctx
         self.reference = reference
-        self.predict = reference.table.predict
+        self.body = body_of_student(student, ctx.task.name)
+        self.predict = reference.predictor()
         self.score = Scorer(student, importance, ctx, settings.samples)
         self.steps = Steps(settings.head_step, settings.neuron_step)
         self.aim = (1 - settings.margin) * ctx.strictness
@@ -82,7 +86,7 @@ class _Hunt:
             used = self.used(plan)
             measured.append((used, plan))
             self.checks.append({"shape": plan.describe(), "limit_ms": limit, "used": used})
-            self.ctx.progress.say(f"search: {plan.describe()} uses {used:.0%} of the budget as measured")
+            self.ctx.progress.say(f"search: {plan.describe()} uses {used:.0%} of the budget as {self.how}")
             enough = used >= CLOSE * self.ctx.strictness or plan == self.student.arch
             if used <= self.ctx.strictness and enough:
                 return plan
@@ -166,14 +170,19 @@ class _Hunt:
         return replace(arch, layers=layers)
 
     def used(self, plan: Arch) -> float:
-        """Measured share of the budget at the worse end of its interval: at 1 the verdict is just a pass.
+        """Share of the budget at the worse end of its interval: at 1 the verdict is just a pass.
 
-        The teacher is measured in the same run.
+        The teacher is measured in the same run. Where nothing can be run, an estimate or the prediction has to do.
         """
+        if unavailable(self.ctx.target) is not None:
+            return self.share(self.predict(plan))
+        if is_estimated(self.ctx.target):
+            with Estimator(self.ctx.target, self.ctx.work) as estimate:
+                return self.share(estimate(self.body, plan, self.reference.frame).ms)
         budget, graph = self.ctx.budget, self.ctx.teacher_graph
         if graph is None:
             raise StageError("search needs the teacher's ONNX graph to compare with")
-        file = build_graph(self.student, plan, self.importance, self.ctx, self.ctx.work / "check.onnx")
+        file = build_graph(self.body, plan, self.reference.frame, self.ctx, self.ctx.work / "check.onnx")
         pair = [Subject(name="teacher", path=graph), Subject(name="student", path=file)]
         teacher, sample = time_graphs(pair, self.ctx, blocks=120)
         seen = summarize(sample, target=self.ctx.target.name, baseline=teacher)
@@ -183,6 +192,22 @@ class _Hunt:
         if budget.latency_p95_ms is not None:
             shares.append(_finite(seen.p95_ci99_ms, 1, seen.p95_ms) / budget.latency_p95_ms)
         return max(shares)
+
+    def share(self, ms: float) -> float:
+        """Share of the budget that a latency without an interval uses."""
+        budget, shares = self.ctx.budget, []
+        if budget.speedup is not None:
+            shares.append(budget.speedup * ms / self.reference.teacher_ms)
+        if budget.latency_p95_ms is not None:
+            shares.append(ms / budget.latency_p95_ms)
+        return max(shares)
+
+    @property
+    def how(self) -> str:
+        """How latencies are known on this target."""
+        if unavailable(self.ctx.target) is not None:
+            return "predicted"
+        return "estimated by the vendor's compiler" if is_estimated(self.ctx.target) else "measured"
 
     def out_of_reach(self, used: float, plan: Arch) -> str:
         """Say what was asked, and how near the smallest shape comes."""

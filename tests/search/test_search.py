@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from edgekd.arch import Arch, Layer
+from edgekd.calibrate.shapes import chains, short_chains
 from edgekd.context import Budget, Context, Silent
 from edgekd.data import DataSpec
-from edgekd.errors import BudgetError, RecipeError
+from edgekd.devices import Estimate
+from edgekd.errors import BudgetError, RecipeError, TargetError
 from edgekd.latency.stats import Samples
+from edgekd.latency.table import Conditions, LatencyTable, Point, frame_of
 from edgekd.pipeline.setup import prepare
-from edgekd.search import Search, points, reference, strategy
+from edgekd.search import Search, reference, strategy
 from edgekd.search.space import Steps, depth_chain, importance_widths, uniform_widths, with_layers
 from edgekd.surgery import Importance
 from edgekd.target import load_target
@@ -93,7 +96,7 @@ def test_depth_chain_drops_the_least_harmful_layer_each_time():
 
 
 def test_points_tell_all_parts_apart():
-    shapes = points.encoder_points(ARCH)
+    shapes = short_chains(ARCH)
     assert len(set(shapes)) == len(shapes) >= 9
     assert len({len(shape.layers) for shape in shapes}) >= 2
     assert len({shape.layers[0].heads for shape in shapes}) >= 3
@@ -128,7 +131,7 @@ class Clock:
             monkeypatch.setattr(module, "build_graph", self.build)
         monkeypatch.setattr(reference, "measure", self.measure)
 
-    def build(self, student, arch, importance, ctx, output):
+    def build(self, body, arch, frame, ctx, output):
         output.touch()
         self.shapes[output] = arch
         return output
@@ -191,10 +194,75 @@ def test_the_latency_table_is_measured_once_and_read_again(context, monkeypatch)
     assert len(clock.shapes) == built
     with pytest.raises(RecipeError, match="there is no latency table at 'nowhere.json'"):
         Search(table="nowhere.json").run(context.teacher, context)
-    bad = context.cache / "bad.json"
-    bad.write_text("{}")
-    with pytest.raises(RecipeError, match="is not a latency table"):
-        Search(table=str(bad)).run(context.teacher, context)
+    next(context.cache.glob("latency-*.json")).write_text("{}")
+    with pytest.raises(RecipeError, match="is not what search wrote there"):
+        Search(samples=16).run(context.teacher, context)
+
+
+def saved_table(context, clock, path, **conditions):
+    arch = context.teacher.arch
+    frame = frame_of(arch, "fp32", 1, 16)
+    shapes = [*short_chains(arch), *chains(arch)]
+    points = [
+        Point(frame=frame, ms=clock.cost(shape), layers=tuple((x.source, x.heads, x.neurons) for x in shape.layers))
+        for shape in shapes
+    ]
+    table = LatencyTable(conditions=Conditions(target="local", **conditions), points=tuple(points)).refit()
+    table.save(path)
+    return table
+
+
+def test_a_table_made_before_is_used_and_brought_to_the_speed_of_now(context, monkeypatch, tmp_path):
+    clock = Clock(monkeypatch)
+    saved_table(context, clock, tmp_path / "table.json")
+    monkeypatch.setattr(clock, "cost", lambda arch, cost=clock.cost: 1.5 * cost(arch))
+    plan = Search(samples=16, neuron_step=4, table=str(tmp_path / "table.json")).run(context.teacher, context).plan
+    assert context.notes["table"] == "table.json"
+    assert 2.0 <= clock.teacher_ms / clock.cost(plan) < 2.0 / 0.85
+    assert len([path for path in clock.shapes if path.stem.startswith("p")]) == 3
+
+
+def test_a_table_of_other_conditions_is_refused_by_name_and_passed_over_otherwise(context, monkeypatch, tmp_path):
+    clock = Clock(monkeypatch)
+    path = tmp_path / "table.json"
+    for conditions, message in (({"threads": 7}, "made with 7 threads"), ({"cpu": "Other"}, "made on Other")):
+        saved_table(context, clock, path, **conditions)
+        with pytest.raises(RecipeError, match=message):
+            Search(samples=16, table=str(path)).run(context.teacher, context)
+    monkeypatch.setattr(reference, "find_table", lambda name: path)
+    Search(samples=16, checks=0).run(context.teacher, context)
+    assert context.notes["table"] == "measured for this search"
+
+
+def test_an_unavailable_target_needs_a_table(context, monkeypatch, tmp_path):
+    clock = Clock(monkeypatch)
+    for module in (strategy, reference):
+        monkeypatch.setattr(module, "unavailable", lambda target: "it is not here")
+    with pytest.raises(TargetError, match=r"local is unavailable: it is not here\. Give a table"):
+        Search(samples=16).run(context.teacher, context)
+    saved_table(context, clock, tmp_path / "table.json")
+    plan = Search(samples=16, neuron_step=4, table=str(tmp_path / "table.json")).run(context.teacher, context).plan
+    assert clock.cost(context.teacher.arch) / clock.cost(plan) >= 2.0 * 0.99
+    assert context.notes["table"] == "table.json, nothing was run"
+
+
+def test_a_compiled_target_is_searched_by_estimates(context, monkeypatch):
+    clock = Clock(monkeypatch)
+
+    class Fake:
+        def __init__(self, target, work): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *problem): ...
+        def __call__(self, body, arch, frame):
+            return Estimate(ms=clock.cost(arch))
+
+    for module in (strategy, reference):
+        monkeypatch.setattr(module, "Estimator", Fake)
+        monkeypatch.setattr(module, "is_estimated", lambda target: True)
+    plan = Search(samples=16, neuron_step=4).run(context.teacher, context).plan
+    assert 2.0 <= clock.cost(context.teacher.arch) / clock.cost(plan) < 2.0 / 0.85
 
 
 def test_without_a_latency_budget_the_full_shape_is_kept(context):
@@ -218,6 +286,6 @@ def test_wrong_settings_are_refused(settings, message):
 def test_a_fitted_table_predicts_additive_costs(context, monkeypatch):
     clock = Clock(monkeypatch)
     Search(samples=16, checks=0).run(context.teacher, context)
-    table = reference.read_reference(next(context.cache.glob("latency-*.json"))).table
+    predict = reference.read_reference(next(context.cache.glob("latency-*.json"))).predictor()
     shape = replace(context.teacher.arch, layers=context.teacher.arch.layers[:2])
-    assert table.predict(shape) == pytest.approx(clock.cost(shape), rel=0.05)
+    assert predict(shape) == pytest.approx(clock.cost(shape), rel=0.05)

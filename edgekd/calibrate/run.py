@@ -1,0 +1,271 @@
+"""Calibrate: time what a latency table still lacks, a group at a time, until it is complete or the time is up."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+
+from edgekd import host
+from edgekd.arch import Arch
+from edgekd.calibrate.bodies import Body, bert, find_body
+from edgekd.calibrate.estimates import Estimator, estimated_points, with_point
+from edgekd.calibrate.graphs import build_graphs, example
+from edgekd.calibrate.shapes import chains, convolution_shapes, mixed, uniform
+from edgekd.calibrate.timing import feeds_file, time_beside
+from edgekd.context import Progress, Silent
+from edgekd.devices import is_estimated, unavailable
+from edgekd.errors import StoreError, TargetError
+from edgekd.files import sha256_json
+from edgekd.latency.bench import Subject
+from edgekd.latency.cell import Frame
+from edgekd.latency.table import FIT, HELD_OUT, Conditions, LatencyTable, Point, frame_of, load
+from edgekd.target import Target
+
+GROUP_SIZE = 20
+ANCHOR = "bert-384 fp32, 2 layers of 6 heads and 384 neurons, batch 1, 64 tokens"
+ANCHOR_SHAPE = (2, 6, 384)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a table is to hold.
+
+    `bodies` are names of `edgekd.calibrate.bodies.STANDARD` or model folders; `shapes` pairs of batch and tokens
+    (images have tokens of their own: only the batch counts). `mixed` random models a frame go into the fit,
+    `held_out` further ones judge it.
+    """
+
+    bodies: tuple[str, ...]
+    lowerings: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...] = ((1, 64),)
+    mixed: int = 12
+    held_out: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Shapes of one body to be built together and timed in every frame that lacks them."""
+
+    body: str
+    use: str
+    archs: tuple[Arch, ...] = field(default_factory=tuple)
+
+
+def calibrate(
+    target: Target,
+    plan: Plan,
+    out: Path,
+    *,
+    threads: int | None = None,
+    minutes: float | None = None,
+    fresh: bool = False,
+    models: Path | None = None,
+    progress: Progress | None = None,
+) -> LatencyTable:
+    """Bring the table at `out` up to the plan; points it already has are kept, and it is saved after every group.
+
+    `models` is a folder that keeps what is built for compilers, for a second target of the same form.
+
+    Raises:
+        TargetError: the target can be neither measured nor estimated from here.
+        StoreError: the table at `out` was made under other conditions (and `fresh` is not given).
+        RecipeError, ModelError: a body is not known or cannot be used.
+    """
+    progress = progress or Silent()
+    if reason := unavailable(target):
+        raise TargetError(f"target {target.name!r} is unavailable, so there is nothing to calibrate: {reason}")
+    table = _start(target, out, threads or target.threads or 1, fresh)
+    end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    with tempfile.TemporaryDirectory(prefix="edgekd-calibrate-") as name, _clock(target, Path(name), models) as clock:
+        bodies = {each: find_body(each) for each in plan.bodies}
+        groups = list(_groups(plan, bodies))
+        progress.start("calibrate", len(groups))
+        for group in groups:
+            table = _take(_Job(group, bodies[group.body], target, plan, out, end), table, clock, progress)
+            progress.advance()
+            if time.monotonic() > end:
+                progress.say("the time is up; the same command goes on where this one stopped")
+                break
+        progress.stop()
+    table = table.refit()
+    table.save(out)
+    return table
+
+
+@dataclass(frozen=True)
+class _Job:
+    group: _Group
+    body: Body
+    target: Target
+    plan: Plan
+    out: Path
+    end: float
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Where latencies come from: a reference model to time against, or a vendor's compiler."""
+
+    work: Path
+    anchor: Subject | None = None
+    estimator: Estimator | None = None
+
+
+@contextlib.contextmanager
+def _clock(target: Target, work: Path, models: Path | None) -> Iterator[_Clock]:
+    if not is_estimated(target):
+        yield _Clock(work, anchor=anchor_subject(target, work))
+        return
+    with Estimator(target, work, models) as estimator:
+        yield _Clock(work, estimator=estimator)
+
+
+def _start(target: Target, out: Path, threads: int, fresh: bool) -> LatencyTable:
+    estimated = is_estimated(target)
+    conditions = Conditions(
+        target=target.name,
+        kind="vendor_estimate" if estimated else "measured",
+        threads=threads,
+        cpu="" if estimated or target.reach_by != "local" else host.cpu_name(),
+        runtime=target.runtime if estimated else f"{target.runtime} {_version(target)}",
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        fingerprint=_fingerprint(target),
+        anchor="" if estimated else ANCHOR,
+        options={} if estimated else {"python": platform.python_version(), "onnx": metadata.version("onnx")},
+    )
+    if fresh or not out.exists():
+        return LatencyTable(conditions=conditions)
+    table = load(out)
+    for key in ("target", "kind", "threads", "cpu", "runtime", "fingerprint", "anchor"):
+        was, now = getattr(table.conditions, key), getattr(conditions, key)
+        if was != now:
+            raise StoreError(
+                f"{out} was made with {key} {was!r}, here it is {now!r}: choose another --out, or --fresh to begin anew"
+            )
+    return table
+
+
+def _fingerprint(target: Target) -> str:
+    """Of what in a target file can change a latency; titles, sources and budgets may be rewritten."""
+    facts = (target.runtime, dict(target.options), target.providers, target.cpus, target.shapes, target.symmetric)
+    return sha256_json([*facts, target.reach_by, dict(target.reach_settings)])[:16]
+
+
+def _version(target: Target) -> str:
+    package = {"onnxruntime": "onnxruntime", "openvino": "openvino"}.get(target.runtime, "")
+    try:
+        return metadata.version(package) if package and target.reach_by == "local" else ""
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _groups(plan: Plan, bodies: dict[str, Body]) -> Iterator[_Group]:
+    """Chains of all bodies first, then mixed models, then those held out: a table cut short is of use too."""
+    for number, use in enumerate((FIT, FIT, HELD_OUT)):
+        for name, body in bodies.items():
+            for archs in _chunks(_shapes(body, plan, number)):
+                yield _Group(name, use, archs)
+
+
+def _shapes(body: Body, plan: Plan, number: int) -> list[Arch]:
+    arch, family = body.student.arch, body.student.family
+    droppable = [family.droppable(body.student.model, i) for i in range(len(arch.layers))]
+    if number == 0:
+        return convolution_shapes(arch, droppable) if body.outline else chains(arch)
+    both = mixed(arch, droppable, plan.mixed + plan.held_out, seed=plan.seed)
+    return both[: plan.mixed] if number == 1 else both[plan.mixed :]
+
+
+def _chunks(archs: Sequence[Arch]) -> Iterator[tuple[Arch, ...]]:
+    for start in range(0, len(archs), GROUP_SIZE):
+        yield tuple(archs[start : start + GROUP_SIZE])
+
+
+def frames(body: Body, arch: Arch, plan: Plan) -> list[Frame]:
+    """The frames in which a shape of a body is to be timed."""
+    shapes = plan.shapes if body.image is None else [(batch, body.tokens) for batch, _ in plan.shapes]
+    return [
+        Frame(
+            family=arch.family, hidden=arch.hidden, head_dim=arch.head_dim, lowering=lowering, batch=batch,
+            sequence=tokens, outline=body.outline,
+        )
+        for lowering in plan.lowerings for batch, tokens in dict.fromkeys(shapes)
+    ]  # fmt: skip
+
+
+def _layers(arch: Arch) -> tuple[tuple[int, int, int], ...]:
+    return tuple((layer.source, layer.heads, layer.neurons) for layer in arch.layers)
+
+
+def _take(job: _Job, table: LatencyTable, clock: _Clock, progress: Progress) -> LatencyTable:
+    """Build what is missing of a group, time it in every frame, and save the table after each."""
+    group, body = job.group, job.body
+    known = {(point.frame, point.layers) for point in table.points}
+    wanted = frames(body, body.student.arch, job.plan)
+    missing = [arch for arch in group.archs if any((frame, _layers(arch)) not in known for frame in wanted)]
+    if not missing:
+        return table
+    progress.say(f"{body.name}: {len(missing)} models, {group.use}")
+    if clock.estimator is not None:
+        pairs = [(arch, frame) for arch in missing for frame in wanted]
+        for point, found in estimated_points(pairs, body, known, group.use, clock.estimator, end=job.end):
+            table = with_point(table, point, found).refit([point.frame])
+            table.save(job.out)
+        return table
+    files = {arch: _files(clock.work, i, wanted, job.target) for i, arch in enumerate(missing)}
+    for arch in missing:
+        if time.monotonic() > job.end:
+            return table
+        outputs = {path: frame for frame, path in files[arch].items()}
+        build_graphs(body, arch, outputs, static=job.target.is_static, symmetric=job.target.symmetric)
+    for frame in wanted:
+        lacking = [arch for arch in missing if (frame, _layers(arch)) not in known]
+        if lacking and clock.anchor is not None and time.monotonic() < job.end:
+            subjects = [Subject(name=str(i), path=files[arch][frame]) for i, arch in enumerate(lacking)]
+            table = _measured(table, frame, lacking, subjects, clock.anchor, group.use, job.target)
+            table.save(job.out)
+    for path in {path for paths in files.values() for path in paths.values()}:
+        path.unlink()
+    return table
+
+
+def _files(work: Path, index: int, wanted: Sequence[Frame], target: Target) -> dict[Frame, Path]:
+    """The file of each frame; where shapes are free, one file serves all frames of a lowering."""
+    names = {
+        frame: f"{frame.lowering}-{frame.batch}-{frame.sequence}" if target.is_static else frame.lowering
+        for frame in wanted
+    }
+    return {frame: work / f"{index}-{name}.onnx" for frame, name in names.items()}
+
+
+def _measured(
+    table: LatencyTable, frame: Frame, archs: Sequence[Arch], subjects: Sequence[Subject], anchor: Subject, use: str,
+    target: Target,
+) -> LatencyTable:  # fmt: skip
+    reference, timed = time_beside(
+        anchor, subjects, target, batch=frame.batch, sequence=frame.sequence, threads=table.conditions.threads
+    )
+    if table.conditions.anchor_ms is None:
+        table = replace(table, conditions=replace(table.conditions, anchor_ms=reference))
+    scale = table.conditions.anchor_ms or reference
+    points = tuple(
+        Point(frame=frame, layers=_layers(arch), ms=one.ratio * scale, noise=one.noise, use=use)
+        for arch, one in zip(archs, timed, strict=True)
+    )
+    return replace(table, points=(*table.points, *points)).refit([frame])
+
+
+def anchor_subject(target: Target, work: Path) -> Subject:
+    """The reference model, with inputs of its own whatever the frame."""
+    body = bert(384, 12, depth=ANCHOR_SHAPE[0])
+    path, arch = work / "anchor.onnx", uniform(body.student.arch, *ANCHOR_SHAPE)
+    build_graphs(body, arch, {path: frame_of(arch, "fp32", 1, 64)}, static=target.is_static)
+    return Subject(name="anchor", path=path, feeds=feeds_file(example(body, batch=1, sequence=64), work / "anchor.npz"))
