@@ -90,7 +90,7 @@ def test_every_form_is_held_against_the_targets_own(target: str, lowering: str, 
 @pytest.mark.usefixtures("converters")
 def test_every_shipped_target_can_be_built_for_with_the_default_settings(name: str) -> None:
     assert messages(Budget(), {"quantize": Quantize()}, name) == ""
-    assert set(candidates("auto", probe(load_target(name)))) <= {*CHOICES, "fp32_fused"}
+    assert set(candidates("auto", probe(load_target(name)))) <= {*CHOICES, "fp32_fused", "fp32"}
 
 
 @pytest.mark.usefixtures("converters")

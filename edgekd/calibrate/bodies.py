@@ -170,4 +170,8 @@ def _body(name: str, task: str, model_class: Any, config: Any, image: int | None
     family_of(config.model_type)
     torch.manual_seed(0)
     model = model_class(config).eval()
+    with torch.no_grad():
+        # Fresh biases are all zero, and optimizers of graphs make one constant of them, which no trained model has.
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
     return Body(name=name, task=task, student=Student(model=model, arch=arch_of(model)), image=image)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from edgekd.arch import Arch
 from edgekd.calibrate.bodies import Body
 from edgekd.calibrate.graphs import DEFAULT_SEQUENCE, build_graphs, example
 from edgekd.devices import Estimate, compiler_of
+from edgekd.errors import ModelError
 from edgekd.export.lower import NOT_FROM_ONNX
 from edgekd.files import sha256_json
 from edgekd.latency.cell import Frame
@@ -88,13 +89,27 @@ class Estimator:
 
 
 def estimated_points(
-    shapes: Sequence[tuple[Arch, Frame]], body: Body, known: Set[Any], use: str, estimator: Estimator, *, end: float
+    shapes: Sequence[tuple[Arch, Frame]],
+    body: Body,
+    known: Set[Any],
+    use: str,
+    estimator: Estimator,
+    *,
+    end: float,
+    say: Callable[[str], None],
 ) -> Iterator[tuple[Point, Estimate]]:
-    """Compile each shape in each frame that lacks it, one after the other."""
+    """Compile each shape in each frame that lacks it, one after the other; what the compiler refuses is told to `say`.
+
+    A table does without a shape that cannot be compiled: neither could a student of that shape be.
+    """
     for arch, frame in shapes:
         layers = tuple((layer.source, layer.heads, layer.neurons) for layer in arch.layers)
         if (frame, layers) not in known and time.monotonic() < end:
-            found = estimator(body, arch, frame)
+            try:
+                found = estimator(body, arch, frame)
+            except ModelError as error:
+                say(f"left out, the compiler refuses {arch.describe()}: {error}")
+                continue
             yield Point(frame=frame, layers=layers, ms=found.ms, use=use), found
 
 

@@ -216,7 +216,8 @@ def _take(job: _Job, table: LatencyTable, clock: _Clock, progress: Progress) -> 
     progress.say(f"{body.name}: {len(missing)} models, {group.use}")
     if clock.estimator is not None:
         pairs = [(arch, frame) for arch in missing for frame in wanted]
-        for point, found in estimated_points(pairs, body, known, group.use, clock.estimator, end=job.end):
+        estimates = estimated_points(pairs, body, known, group.use, clock.estimator, end=job.end, say=progress.say)
+        for point, found in estimates:
             table = with_point(table, point, found).refit([point.frame])
             table.save(job.out)
         return table

@@ -12,7 +12,7 @@ from edgekd.calibrate.estimates import Estimator
 from edgekd.calibrate.graphs import build_graphs, example
 from edgekd.calibrate.run import Plan, calibrate
 from edgekd.devices import Estimate
-from edgekd.errors import RecipeError, StoreError, TargetError
+from edgekd.errors import ModelError, RecipeError, StoreError, TargetError
 from edgekd.latency.stats import Samples
 from edgekd.latency.table import FIT, HELD_OUT, frame_of, load
 from edgekd.target import Target, load_target, probe
@@ -206,6 +206,8 @@ def test_an_unavailable_target_is_refused(local, tmp_path) -> None:
 def test_estimates_fill_a_table_of_their_own_kind(small, local, monkeypatch, tmp_path) -> None:
     class Fake(Estimator):
         def __call__(self, body: Body, arch, frame) -> Estimate:
+            if len(arch.layers) == 1:
+                raise ModelError("one layer is too few")
             return Estimate(ms=1.0 + len(arch.layers), options={"tool": "1"}, caveat="not measured")
 
     monkeypatch.setattr(run, "is_estimated", lambda target: True)
@@ -213,6 +215,8 @@ def test_estimates_fill_a_table_of_their_own_kind(small, local, monkeypatch, tmp
     plan = replace(PLAN, shapes=((1, 8),), lowerings=("int8_qdq",))
     table = calibrate(local, plan, tmp_path / "npu.json")
     assert table.conditions.kind == "vendor_estimate"
+    assert {len(point.layers) for point in table.points} >= {2, 4}
+    assert all(len(point.layers) > 1 for point in table.points)
     assert (table.conditions.caveat, table.conditions.options) == ("not measured", {"tool": "1"})
     assert table.conditions.anchor == ""
     found = table.predict(find_body("tiny").student.arch, lowering="int8_qdq", sequence=8)
