@@ -6,10 +6,10 @@
 
 Every frame of the table (body, precision, batch, length) gets random architectures, a third uniform and the rest with
 a width of its own in every layer, none of which the table has seen. They are timed as `edgekd calibrate` times: in
-turns with one reference model, whose speed at that moment stands for the machine's. The prediction is compared with
-the measured median at the reference speed of the table; the error against the plain median, which contains the
-machine's drift since calibration, is reported beside it. With a table of a compiler's estimates, the compiler's own
-figure is the truth.
+turns with three reference models of their own frame, which say how fast the machine is at that moment. The prediction
+is compared with the measured median at the speed the references had when the table was made; search does the same when
+it uses a table. The error against the plain median, which contains how the machine has changed since, is reported
+beside it. With a table of a compiler's estimates, the compiler's own figure is the truth.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from edgekd.arch import Arch
 from edgekd.calibrate.bodies import STANDARD, Body
 from edgekd.calibrate.estimates import Estimator
 from edgekd.calibrate.graphs import build_graphs
-from edgekd.calibrate.run import anchor_subject
-from edgekd.calibrate.shapes import mixed
+from edgekd.calibrate.run import frame_files, reference_ms
+from edgekd.calibrate.shapes import mixed, references
 from edgekd.calibrate.timing import GROUP as GROUP_SETTINGS
 from edgekd.calibrate.timing import time_beside
 from edgekd.errors import ModelError
@@ -116,21 +116,21 @@ def _layers(arch: Arch) -> tuple[tuple[int, int, int], ...]:
 def _timed(
     body: Body, frames: list[Frame], archs: list[Arch], table: LatencyTable, target: Target, work: Path
 ) -> list[dict[str, Any]]:
-    anchor, rows = anchor_subject(target, work), []
+    rows, steady = [], references(body.student.arch)
     for start in range(0, len(archs), GROUP):
         part = archs[start : start + GROUP]
-        files = [{frame: work / f"{i}-{frame.lowering}.onnx" for frame in frames} for i in range(len(part))]
-        for arch, paths in zip(part, files, strict=True):
+        files = {arch: frame_files(work, i, frames, target) for i, arch in enumerate([*steady, *part])}
+        for arch, paths in files.items():
             build_graphs(body, arch, {path: frame for frame, path in paths.items()}, static=target.is_static)
         for frame in frames:
-            subjects = [Subject(name=str(i), path=paths[frame]) for i, paths in enumerate(files)]
-            reference, timed = time_beside(
-                anchor, subjects, target, batch=frame.batch, sequence=frame.sequence,
-                threads=table.conditions.threads, settings=TRUTH,
+            known = reference_ms(table, frame, body)
+            timed = time_beside(
+                [(Subject(name="reference", path=files[arch][frame]), ms) for arch, ms in known.items()],
+                [Subject(name=str(i), path=files[arch][frame]) for i, arch in enumerate(part)],
+                target, batch=frame.batch, sequence=frame.sequence, threads=table.conditions.threads, settings=TRUTH,
             )  # fmt: skip
-            scale = table.conditions.anchor_ms or reference
             for arch, one in zip(part, timed, strict=True):
-                rows.append(_row(table, frame, arch, one.ratio * scale, plain_ms=one.ms, noise=one.noise))
+                rows.append(_row(table, frame, arch, one.ms, now_ms=one.now_ms, noise=one.noise))
     return rows
 
 
@@ -165,9 +165,9 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         groups.setdefault(f"{row['family']} {row['lowering']}", []).append(row)
         groups.setdefault("uniform" if row["uniform"] else "non-uniform", []).append(row)
     summary = {name: _facts([row["error"] for row in group]) for name, group in groups.items()}
-    if "plain_ms" in rows[0]:
+    if "now_ms" in rows[0]:
         summary["all, against the plain median (drift included)"] = _facts(
-            [row["predicted_ms"] / row["plain_ms"] - 1 for row in rows]
+            [row["predicted_ms"] / row["now_ms"] - 1 for row in rows]
         )
         summary["all"]["median_noise_of_the_truth"] = statistics.median(row["noise"] for row in rows)
     summary["all"]["architectures"] = len({(row["frame"].rsplit(",", 2)[0][:8], str(row["layers"])) for row in rows})

@@ -7,30 +7,29 @@ import datetime
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from edgekd import host
 from edgekd.arch import Arch
-from edgekd.calibrate.bodies import Body, bert, find_body
+from edgekd.calibrate.bodies import Body, find_body
 from edgekd.calibrate.estimates import Estimator, estimated_points, with_point
-from edgekd.calibrate.graphs import build_graphs, example
-from edgekd.calibrate.shapes import chains, convolution_shapes, mixed, uniform
-from edgekd.calibrate.timing import feeds_file, time_beside
+from edgekd.calibrate.graphs import build_graphs
+from edgekd.calibrate.shapes import chains, convolution_shapes, mixed, references
+from edgekd.calibrate.timing import time_beside
 from edgekd.context import Progress, Silent
 from edgekd.devices import is_estimated, unavailable
 from edgekd.errors import StoreError, TargetError
 from edgekd.files import sha256_json
 from edgekd.latency.bench import Subject
 from edgekd.latency.cell import Frame
-from edgekd.latency.table import FIT, HELD_OUT, Conditions, LatencyTable, Point, frame_of, load
+from edgekd.latency.table import FIT, HELD_OUT, Conditions, LatencyTable, Point, load
 from edgekd.target import Target
 
-GROUP_SIZE = 20
-ANCHOR = "bert-384 fp32, 2 layers of 6 heads and 384 neurons, batch 1, 64 tokens"
-ANCHOR_SHAPE = (2, 6, 384)
+GROUP_SIZE = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +111,16 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Clock:
-    """Where latencies come from: a reference model to time against, or a vendor's compiler."""
+    """Where latencies come from: the target itself, or a vendor's compiler."""
 
     work: Path
-    anchor: Subject | None = None
     estimator: Estimator | None = None
 
 
 @contextlib.contextmanager
 def _clock(target: Target, work: Path, models: Path | None) -> Iterator[_Clock]:
     if not is_estimated(target):
-        yield _Clock(work, anchor=anchor_subject(target, work))
+        yield _Clock(work)
         return
     with Estimator(target, work, models) as estimator:
         yield _Clock(work, estimator=estimator)
@@ -138,13 +136,12 @@ def _start(target: Target, out: Path, threads: int, fresh: bool) -> LatencyTable
         runtime=target.runtime if estimated else f"{target.runtime} {_version(target)}",
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         fingerprint=_fingerprint(target),
-        anchor="" if estimated else ANCHOR,
         options={} if estimated else {"python": platform.python_version(), "onnx": metadata.version("onnx")},
     )
     if fresh or not out.exists():
         return LatencyTable(conditions=conditions)
     table = load(out)
-    for key in ("target", "kind", "threads", "cpu", "runtime", "fingerprint", "anchor"):
+    for key in ("target", "kind", "threads", "cpu", "runtime", "fingerprint"):
         was, now = getattr(table.conditions, key), getattr(conditions, key)
         if was != now:
             raise StoreError(
@@ -221,24 +218,34 @@ def _take(job: _Job, table: LatencyTable, clock: _Clock, progress: Progress) -> 
             table = with_point(table, point, found).refit([point.frame])
             table.save(job.out)
         return table
-    files = {arch: _files(clock.work, i, wanted, job.target) for i, arch in enumerate(missing)}
-    for arch in missing:
+    return _measure(job, missing, wanted, known, table, clock.work)
+
+
+def _measure(
+    job: _Job, missing: list[Arch], wanted: list[Frame], known: set[Any], table: LatencyTable, work: Path
+) -> LatencyTable:
+    """Build shapes and time them beside the body's references, which come first of all."""
+    steady = references(job.body.student.arch)
+    built = list(dict.fromkeys([*steady, *missing]))
+    files = {arch: frame_files(work, i, wanted, job.target) for i, arch in enumerate(built)}
+    for arch in built:
         if time.monotonic() > job.end:
             return table
         outputs = {path: frame for frame, path in files[arch].items()}
-        build_graphs(body, arch, outputs, static=job.target.is_static, symmetric=job.target.symmetric)
+        build_graphs(job.body, arch, outputs, static=job.target.is_static, symmetric=job.target.symmetric)
     for frame in wanted:
         lacking = [arch for arch in missing if (frame, _layers(arch)) not in known]
-        if lacking and clock.anchor is not None and time.monotonic() < job.end:
-            subjects = [Subject(name=str(i), path=files[arch][frame]) for i, arch in enumerate(lacking)]
-            table = _measured(table, frame, lacking, subjects, clock.anchor, group.use, job.target)
+        if lacking and time.monotonic() < job.end:
+            lacking += [arch for arch in steady if arch not in lacking and (frame, _layers(arch)) not in known]
+            subjects = {arch: Subject(name=str(i), path=files[arch][frame]) for i, arch in enumerate(built)}
+            table = _measured(table, frame, lacking, subjects, job)
             table.save(job.out)
     for path in {path for paths in files.values() for path in paths.values()}:
         path.unlink()
     return table
 
 
-def _files(work: Path, index: int, wanted: Sequence[Frame], target: Target) -> dict[Frame, Path]:
+def frame_files(work: Path, index: int, wanted: Sequence[Frame], target: Target) -> dict[Frame, Path]:
     """The file of each frame; where shapes are free, one file serves all frames of a lowering."""
     names = {
         frame: f"{frame.lowering}-{frame.batch}-{frame.sequence}" if target.is_static else frame.lowering
@@ -248,25 +255,22 @@ def _files(work: Path, index: int, wanted: Sequence[Frame], target: Target) -> d
 
 
 def _measured(
-    table: LatencyTable, frame: Frame, archs: Sequence[Arch], subjects: Sequence[Subject], anchor: Subject, use: str,
-    target: Target,
-) -> LatencyTable:  # fmt: skip
-    reference, timed = time_beside(
-        anchor, subjects, target, batch=frame.batch, sequence=frame.sequence, threads=table.conditions.threads
-    )
-    if table.conditions.anchor_ms is None:
-        table = replace(table, conditions=replace(table.conditions, anchor_ms=reference))
-    scale = table.conditions.anchor_ms or reference
+    table: LatencyTable, frame: Frame, archs: Sequence[Arch], subjects: Mapping[Arch, Subject], job: _Job
+) -> LatencyTable:
+    steady = reference_ms(table, frame, job.body)
+    timed = time_beside(
+        [(subjects[arch], ms) for arch, ms in steady.items()], [subjects[arch] for arch in archs], job.target,
+        batch=frame.batch, sequence=frame.sequence, threads=table.conditions.threads,
+    )  # fmt: skip
     points = tuple(
-        Point(frame=frame, layers=_layers(arch), ms=one.ratio * scale, noise=one.noise, use=use)
+        Point(frame=frame, layers=_layers(arch), ms=one.ms, noise=one.noise, use=job.group.use)
         for arch, one in zip(archs, timed, strict=True)
     )
     return replace(table, points=(*table.points, *points)).refit([frame])
 
 
-def anchor_subject(target: Target, work: Path) -> Subject:
-    """The reference model, with inputs of its own whatever the frame."""
-    body = bert(384, 12, depth=ANCHOR_SHAPE[0])
-    path, arch = work / "anchor.onnx", uniform(body.student.arch, *ANCHOR_SHAPE)
-    build_graphs(body, arch, {path: frame_of(arch, "fp32", 1, 64)}, static=target.is_static)
-    return Subject(name="anchor", path=path, feeds=feeds_file(example(body, batch=1, sequence=64), work / "anchor.npz"))
+def reference_ms(table: LatencyTable, frame: Frame, body: Body) -> dict[Arch, float]:
+    """The references of a frame with their medians in the table; empty while the frame has none."""
+    known = {point.layers: point.ms for point in table.points if point.frame == frame}
+    steady = {arch: known.get(_layers(arch)) for arch in references(body.student.arch)}
+    return {arch: ms for arch, ms in steady.items() if ms is not None}

@@ -27,6 +27,18 @@ def chains(arch: Arch) -> list[Arch]:
     return list(dict.fromkeys(shapes))
 
 
+def references(arch: Arch) -> list[Arch]:
+    """Three of the shapes above, small to large: beside them all others of a body are timed."""
+    if not arch.layers[0].heads:
+        return list(dict.fromkeys(_narrowed(arch, share) for share in (8, 2, 1)))
+    heads, neurons = max(arch.layers[0].heads // 2, 1), max(arch.layers[0].neurons // 4, 1)
+    return list(dict.fromkeys(uniform(arch, depth, heads, neurons) for depth in (SHORT, LONG, len(arch.layers))))
+
+
+def _narrowed(arch: Arch, share: int) -> Arch:
+    return replace(arch, layers=tuple(replace(x, neurons=max(x.neurons // share, 1)) for x in arch.layers))
+
+
 def short_chains(arch: Arch) -> list[Arch]:
     """About ten shapes, enough to predict one teacher's students near one budget."""
     heads, neurons = arch.layers[0].heads, arch.layers[0].neurons

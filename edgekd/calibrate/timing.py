@@ -1,16 +1,15 @@
-"""How the files of a calibration get their latencies: timed in turns beside a reference model, or by an estimate.
+"""How the files of a calibration get their latencies: timed in turns beside reference models of their own kind.
 
-The speed of a machine drifts while it works: frequency, temperature, neighbours. Every round visits all models of a
-group and the reference ("anchor"), so each model's time is known as a ratio to the anchor's in the same moment. The
-table holds ratio times the anchor's median at its first measurement; what drifts in common cancels.
+The speed of a machine drifts while it works: frequency, temperature, neighbours; and it drifts differently for what
+computes and what moves memory, for float and for 8 bits. So every group of models of one frame is timed together with
+the same few models of that frame. What those took when the frame was begun over what they take in this round is the
+machine's speed at this moment; a point is the median over rounds of a model's time at the speed of the beginning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +24,18 @@ GROUP = Settings(blocks=ROUNDS, block_ms=12.0, min_runs=ROUNDS, warmup_seconds=0
 
 @dataclass(frozen=True)
 class Timed:
-    """One model's median over the anchor's, and the relative half width of its 95 % interval (of medians of rounds)."""
+    """One model: its median in ms at the reference speed, and its plain median `now_ms`.
 
-    ratio: float
-    noise: float
+    `noise` is the relative half width of the 95 % interval of the first, over rounds.
+    """
+
     ms: float
+    noise: float
+    now_ms: float
 
 
 def time_beside(
-    anchor: Subject,
+    references: Sequence[tuple[Subject, float]],
     subjects: Sequence[Subject],
     target: Target,
     *,
@@ -41,17 +43,22 @@ def time_beside(
     sequence: int | None,
     threads: int,
     settings: Settings = GROUP,
-) -> tuple[float, list[Timed]]:
-    """The anchor's own median in milliseconds, and each subject timed against it.
+) -> list[Timed]:
+    """Time subjects in turns with references whose medians in ms at the reference speed are known.
+
+    Without references the speed of now is the reference speed.
 
     Raises:
         TargetError, ModelError: as `edgekd.latency.bench.measure`.
     """
-    first, *others = measure(
-        [anchor, *subjects], target=target, batch=batch, sequence=sequence, threads=threads, settings=settings
-    )
-    reference = _rounds(first)
-    return float(np.median(first.ms)), [_timed(_rounds(sample), reference, sample) for sample in others]
+    samples = measure(
+        [*(subject for subject, _ in references), *subjects], target=target, batch=batch, sequence=sequence,
+        threads=threads, settings=settings,
+    )  # fmt: skip
+    known, others = samples[: len(references)], samples[len(references) :]
+    speeds = [ms / _rounds(sample) for sample, (_, ms) in zip(known, references, strict=True)]
+    speed = np.median(speeds, axis=0) if speeds else np.ones(len(_rounds(others[0])))
+    return [_timed(_rounds(sample) * speed, sample) for sample in others]
 
 
 def _rounds(samples: Samples) -> npt.NDArray[np.float64]:
@@ -59,15 +66,8 @@ def _rounds(samples: Samples) -> npt.NDArray[np.float64]:
     return medians(samples.ms, index, len(labels))
 
 
-def _timed(own: npt.NDArray[np.float64], anchor: npt.NDArray[np.float64], samples: Samples) -> Timed:
-    ratios = own / anchor
-    middle = float(np.median(ratios))
-    spread = float(np.subtract(*np.quantile(ratios, (0.75, 0.25))))
+def _timed(rounds: npt.NDArray[np.float64], samples: Samples) -> Timed:
+    middle = float(np.median(rounds))
+    spread = float(np.subtract(*np.quantile(rounds, (0.75, 0.25))))
     # 1.57 · IQR / √n is the half width of a 95 % interval of a median (McGill, Tukey and Larsen, 1978).
-    return Timed(middle, 1.57 * spread / float(np.sqrt(len(ratios))) / middle, float(np.median(samples.ms)))
-
-
-def feeds_file(arrays: Mapping[str, Any], path: Path) -> Path:
-    """Write inputs as .npz."""
-    np.savez(path, **dict(arrays))
-    return path
+    return Timed(middle, 1.57 * spread / float(np.sqrt(len(rounds))) / middle, float(np.median(samples.ms)))

@@ -32,8 +32,7 @@ FEWEST = 8
 class Conditions:
     """Where and how the points were taken; a table holds for these only.
 
-    `kind` is `measured` or `vendor_estimate`, `options` what else the figures depend on, `anchor_ms` the median of
-    the reference model to whose speed measured points are scaled (see `edgekd.calibrate`).
+    `kind` is `measured` or `vendor_estimate`, `options` what else the figures depend on.
     """
 
     target: str
@@ -43,8 +42,6 @@ class Conditions:
     runtime: str = ""
     date: str = ""
     fingerprint: str = ""
-    anchor: str = ""
-    anchor_ms: float | None = None
     caveat: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
 

@@ -14,16 +14,14 @@ from edgekd.calibrate.run import Plan, calibrate
 from edgekd.devices import Estimate
 from edgekd.errors import ModelError, RecipeError, StoreError, TargetError
 from edgekd.latency.stats import Samples
-from edgekd.latency.table import FIT, HELD_OUT, frame_of, load
+from edgekd.latency.table import HELD_OUT, frame_of, load
 from edgekd.target import Target, load_target, probe
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bodies and an anchor that are built in no time."""
-    bert = bodies.bert
-    monkeypatch.setitem(bodies.STANDARD, "tiny", lambda: bert(32, 4, depth=4))
-    monkeypatch.setattr(run, "bert", lambda hidden, heads, depth: bert(32, 4, depth=depth))
+    """A body that is built in no time."""
+    monkeypatch.setitem(bodies.STANDARD, "tiny", lambda: bodies.bert(32, 4, depth=4))
 
 
 @pytest.fixture
@@ -51,8 +49,7 @@ class Clock:
         slower = 1 + self.calls / 10
 
         def ms(subject):
-            size = batch * sequence if subject.name != "anchor" else 64
-            return slower * (0.1 + 0.01 * int(subject.path.read_text()) * size)
+            return slower * (0.1 + 0.01 * int(subject.path.read_text()) * batch * sequence)
 
         return [Samples(name=s.name, ms=np.full(32, ms(s)), block=np.arange(32)) for s in subjects]
 
@@ -146,7 +143,7 @@ def test_calibration_fills_the_plan_cancels_drift_and_takes_nothing_twice(small,
     assert len(table.cells) == 4
     # Drift of up to 2x between groups is gone: equal models at equal shapes have equal times.
     for frame in {point.frame for point in table.points}:
-        times = {(len(p.layers), round(p.ms, 9)) for p in table.points if p.frame == frame and p.use == FIT}
+        times = {(len(p.layers), round(p.ms, 9)) for p in table.points if p.frame == frame}
         assert len(times) == len({depth for depth, _ in times})
     calls = clock.calls
     again = calibrate(local, PLAN, out, threads=1)
@@ -176,12 +173,12 @@ def test_a_calibration_out_of_time_goes_on_later(small, local, monkeypatch, tmp_
 
 def test_models_are_really_built_and_timed(small, local, monkeypatch, tmp_path) -> None:
     plan = replace(PLAN, shapes=((1, 8),), lowerings=("int8_dynamic_fused",), mixed=1, held_out=1)
-    rows = shapes.chains(find_body("tiny").student.arch)[:3]
+    arch = find_body("tiny").student.arch
+    rows = shapes.chains(arch)[:3]
     monkeypatch.setattr(run, "chains", lambda arch: rows)
     table = calibrate(local, plan, tmp_path / "table.json", threads=1)
-    assert len(table.points) == len(rows) + 2
+    assert len(table.points) == len({*rows, *shapes.references(arch)}) + 2
     assert all(point.ms > 0 and point.noise >= 0 for point in table.points)
-    assert table.conditions.anchor_ms
 
 
 def test_a_table_of_other_conditions_is_not_mixed_up(small, local, monkeypatch, tmp_path) -> None:
@@ -218,7 +215,6 @@ def test_estimates_fill_a_table_of_their_own_kind(small, local, monkeypatch, tmp
     assert {len(point.layers) for point in table.points} >= {2, 4}
     assert all(len(point.layers) > 1 for point in table.points)
     assert (table.conditions.caveat, table.conditions.options) == ("not measured", {"tool": "1"})
-    assert table.conditions.anchor == ""
     found = table.predict(find_body("tiny").student.arch, lowering="int8_qdq", sequence=8)
     assert (found.kind, found.basis) == ("predicted", "vendor_estimate")
     assert found.ms == pytest.approx(5.0, rel=0.02)
