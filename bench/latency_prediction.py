@@ -71,13 +71,14 @@ def main() -> None:
             print(f"{number + 1}/{len(groups)} {frames[0].describe()}: {len(rows)} points", flush=True)
     out = arguments.out or Path(__file__).parent / "results" / f"latency_prediction-{target.name}.json"
     result = {
-        "command": " ".join(["python bench/latency_prediction.py", *sys.argv[1:]]),
+        "command": " ".join(["python bench/latency_prediction.py", *(Path(word).name for word in sys.argv[1:])]),
         "machine": {"cpu": host.cpu_name(), "cores": host.usable_cores(), "conditions": vars(table.conditions)},
         "summary": _summary(rows),
-        "rows": rows,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    # One line a row: there are hundreds.
+    head, table_rows = json.dumps(result, indent=1)[:-2], ",\n".join(json.dumps(row) for row in rows)
+    out.write_text(f'{head},\n "rows": [\n{table_rows}\n ]\n}}\n', encoding="utf-8")
     out.with_suffix(".svg").write_text(_scatter(rows), encoding="utf-8")
     for group, facts in result["summary"].items():
         within = f"within 5 %: {facts['within_5']:.1%}  within 10 %: {facts['within_10']:.1%}"

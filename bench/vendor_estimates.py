@@ -49,7 +49,10 @@ def main() -> None:
             print(f"{name}: unavailable, {reason}", flush=True)
             continue
         rows += _estimates(body, shapes, target, arguments.sequence)
-    result = {"command": " ".join(["python bench/vendor_estimates.py", *sys.argv[1:]]), "rows": rows}
+    result = {
+        "command": " ".join(["python bench/vendor_estimates.py", *(Path(word).name for word in sys.argv[1:])]),
+        "rows": rows,
+    }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -4,8 +4,9 @@
 
 A trial is what `edgekd profile --latency-p95-ms` does: 120 blocks of 3 inferences, judged, and up to three longer looks
 while it is inconclusive; only the clock is replaced by a random generator. The truth is the 95th percentile of 600,000
-samples of the same process. With the budget at the truth itself, `pass` and `fail` both count as false: that is the
-worst case. With the budget 3 % under the truth `pass` is false, and with the budget 3 % over it `fail` is.
+samples of the same process. With the budget at the truth itself, one of `pass` and `fail` is false as soon as the
+budget is a hair to one side: the larger of the two is the rate of false verdicts, and that is the worst case. With the
+budget 3 % under the truth `pass` is false, and with the budget 3 % over it `fail` is.
 
 `heating` has no such truth, as the machine gets 3 % slower while it is watched; it is held against the state it reaches
 in the end, which no measurement of the beginning can know, and shows what the verdict is not worth there.

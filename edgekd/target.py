@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from edgekd import host
 from edgekd.errors import TargetError, unknown
 from edgekd.target_fields import FIELDS, PRECISIONS, PROBE, PROBED, REQUIRED, RUNTIMES, check_options, form_precision
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Without one of these the CPU has no fused 8-bit dot product, and int8 may be no faster than fp32.
 INT8_FEATURES = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"})
 
@@ -132,7 +134,8 @@ def probe(target: Target) -> Target:
     called fast: 8-bit products pass through 16-bit sums that gain little and saturate, hence `reduce_range`.
     bf16 and fp16 are not offered: ONNX Runtime's CPU provider has no kernels for them on x86 and converts to fp32.
     """
-    features = host.cpu_features()
+    here = target.reach_by == "local" and target.runtime in ("onnxruntime", "openvino")
+    features = host.cpu_features() if here else frozenset()
     dot_product = bool(features & INT8_FEATURES)
     found: dict[str, Any] = {
         "precisions": ("fp32", "int8"),
@@ -166,6 +169,8 @@ def parse(text: str, path: Path) -> Target:
     for key, value in data.items():
         if problem := _take(str(key), value, values):
             mistakes.append((lines.get(str(key), 1), problem))
+    if not NAME.fullmatch(path.stem):
+        mistakes.append((1, f"the file's name is the target's: expected letters, digits, - and _, got {path.stem!r}"))
     mistakes += [(len(text.splitlines()), f"missing key {key!r}") for key in REQUIRED if key not in data]
     mistakes += [(lines.get(key, 1), problem) for key, problem in check_options(values)]
     slow = set(values.get("fast_precisions", ())) - set(values.get("precisions", PRECISIONS))

@@ -172,6 +172,14 @@ def check_options(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in values.get("sources", ()):
         if name not in values and name not in PROBED:
             yield "sources", f"sources: {name!r} is not a key of this file"
+    if values.get("providers") == ():
+        yield "providers", "providers: expected at least one"
+    away = values.get("reach", "local") != "local"
+    if away and values["runtime"] in ("qualcomm", "ethos-u"):
+        yield "reach", f"reach: {values['runtime']} compiles models here, no device is reached"
+    budget = values.get("budget", {})
+    if {"latency_p95_ms", "speedup"} <= set(budget):
+        yield "budget", "budget: give latency_p95_ms or speedup, not both"
     try:
         _keys_of(f"option of {values['runtime']}", runtime.options)(values.get("options", {}))
     except (TypeError, ValueError) as error:

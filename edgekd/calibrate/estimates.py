@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -14,7 +16,7 @@ from edgekd.arch import Arch
 from edgekd.calibrate.bodies import Body
 from edgekd.calibrate.graphs import DEFAULT_SEQUENCE, build_graphs, example
 from edgekd.devices import Estimate, compiler_of
-from edgekd.errors import ModelError
+from edgekd.errors import ModelError, StoreError, TargetError
 from edgekd.export.lower import NOT_FROM_ONNX
 from edgekd.files import sha256_json
 from edgekd.latency.cell import Frame
@@ -64,9 +66,10 @@ class Estimator:
         suffix = ".tflite" if frame.lowering in NOT_FROM_ONNX else ".onnx"
         if self.models is not None:
             layers = [[layer.source, layer.heads, layer.neurons] for layer in arch.layers]
-            key = sha256_json([body.name, body.tokens, vars(frame), layers, self.target.symmetric])
+            config = body.student.model.config.to_json_string(use_diff=False)
+            key = sha256_json([config, body.image, vars(frame), layers, self.target.symmetric])
             self.models.mkdir(parents=True, exist_ok=True)
-            folder, kept = self.models, self.models / f"{key[:24]}{suffix}"
+            kept = self.models / f"{key[:24]}{suffix}"
             if kept.is_file():
                 return kept
         draft = folder / f"model{suffix}"
@@ -74,7 +77,12 @@ class Estimator:
             self._tflite(body, arch, frame, draft)
         else:
             build_graphs(body, arch, {draft: frame}, static=True, symmetric=self.target.symmetric)
-        return draft.replace(kept) if self.models is not None else draft
+        if self.models is None:
+            return draft
+        # Another calibration may use the same folder: whole files only, under names of their own until then.
+        own = kept.with_name(f".{kept.name}.{os.getpid()}")
+        shutil.copyfile(draft, own)
+        return own.replace(kept)
 
     def _tflite(self, body: Body, arch: Arch, frame: Frame, output: Path) -> None:
         from edgekd.export.tflite import Converter, export_tflite
@@ -107,13 +115,22 @@ def estimated_points(
         if (frame, layers) not in known and time.monotonic() < end:
             try:
                 found = estimator(body, arch, frame)
-            except ModelError as error:
+            except (ModelError, TargetError) as error:
                 say(f"left out, the compiler refuses {arch.describe()}: {error}")
                 continue
             yield Point(frame=frame, layers=layers, ms=found.ms, use=use), found
 
 
 def with_point(table: LatencyTable, point: Point, found: Estimate) -> LatencyTable:
-    """The table with one more point; what the estimate depends on goes into its conditions."""
+    """The table with one more point; what the estimate depends on goes into its conditions.
+
+    Raises:
+        StoreError: the points before were estimated with other options or versions.
+    """
+    was, now = dict(table.conditions.options), dict(found.options)
+    if table.points and was != now:
+        changed = ", ".join(f"{key}: {was.get(key)} before, {now.get(key)} now" for key in {**was, **now}
+                            if was.get(key) != now.get(key))  # fmt: skip
+        raise StoreError(f"the table was begun under other conditions ({changed}): choose another --out, or --fresh")
     conditions = replace(table.conditions, options=dict(found.options), caveat=found.caveat)
     return replace(table, conditions=conditions, points=(*table.points, point))

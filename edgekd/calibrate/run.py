@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import host
-from edgekd.arch import Arch
+from edgekd.arch import Arch, Layer
 from edgekd.calibrate.bodies import Body, find_body
 from edgekd.calibrate.estimates import Estimator, estimated_points, with_point
 from edgekd.calibrate.graphs import build_graphs
 from edgekd.calibrate.shapes import chains, convolution_shapes, mixed, references
 from edgekd.calibrate.timing import time_beside
 from edgekd.context import Progress, Silent
-from edgekd.devices import is_estimated, unavailable
-from edgekd.errors import StoreError, TargetError
+from edgekd.devices import is_estimated, unavailable, usual_threads
+from edgekd.errors import ModelError, StoreError, TargetError
 from edgekd.files import sha256_json
 from edgekd.latency.bench import Subject
 from edgekd.latency.cell import Frame
@@ -81,7 +81,7 @@ def calibrate(
     progress = progress or Silent()
     if reason := unavailable(target):
         raise TargetError(f"target {target.name!r} is unavailable, so there is nothing to calibrate: {reason}")
-    table = _start(target, out, threads or target.threads or 1, fresh)
+    table = _start(target, out, threads or usual_threads(target), fresh)
     end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     with tempfile.TemporaryDirectory(prefix="edgekd-calibrate-") as name, _clock(target, Path(name), models) as clock:
         bodies = {each: find_body(each) for each in plan.bodies}
@@ -95,7 +95,8 @@ def calibrate(
                 break
         progress.stop()
     table = table.refit()
-    table.save(out)
+    if table.points:
+        table.save(out)
     return table
 
 
@@ -133,9 +134,9 @@ def _start(target: Target, out: Path, threads: int, fresh: bool) -> LatencyTable
         kind="vendor_estimate" if estimated else "measured",
         threads=threads,
         cpu="" if estimated or target.reach_by != "local" else host.cpu_name(),
-        runtime=target.runtime if estimated else f"{target.runtime} {_version(target)}",
+        runtime=runtime_of(target),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        fingerprint=_fingerprint(target),
+        fingerprint=fingerprint(target),
         options={} if estimated else {"python": platform.python_version(), "onnx": metadata.version("onnx")},
     )
     if fresh or not out.exists():
@@ -150,18 +151,21 @@ def _start(target: Target, out: Path, threads: int, fresh: bool) -> LatencyTable
     return table
 
 
-def _fingerprint(target: Target) -> str:
+def fingerprint(target: Target) -> str:
     """Of what in a target file can change a latency; titles, sources and budgets may be rewritten."""
     facts = (target.runtime, dict(target.options), target.providers, target.cpus, target.shapes, target.symmetric)
     return sha256_json([*facts, target.reach_by, dict(target.reach_settings)])[:16]
 
 
-def _version(target: Target) -> str:
-    package = {"onnxruntime": "onnxruntime", "openvino": "openvino"}.get(target.runtime, "")
+def runtime_of(target: Target) -> str:
+    """The runtime and, where it is the one installed here, its version (that of a compiler is among its options)."""
+    package = {"onnxruntime": "onnxruntime", "openvino": "openvino"}.get(target.runtime)
+    if package is None or target.reach_by != "local":
+        return target.runtime
     try:
-        return metadata.version(package) if package and target.reach_by == "local" else ""
+        return f"{target.runtime} {metadata.version(package)}"
     except metadata.PackageNotFoundError:
-        return ""
+        return target.runtime
 
 
 def _groups(plan: Plan, bodies: dict[str, Body]) -> Iterator[_Group]:
@@ -194,7 +198,7 @@ def frames(body: Body, arch: Arch, plan: Plan) -> list[Frame]:
             family=arch.family, hidden=arch.hidden, head_dim=arch.head_dim, lowering=lowering, batch=batch,
             sequence=tokens, outline=body.outline,
         )
-        for lowering in plan.lowerings for batch, tokens in dict.fromkeys(shapes)
+        for lowering in dict.fromkeys(plan.lowerings) for batch, tokens in dict.fromkeys(shapes)
     ]  # fmt: skip
 
 
@@ -224,22 +228,30 @@ def _take(job: _Job, table: LatencyTable, clock: _Clock, progress: Progress) -> 
 def _measure(
     job: _Job, missing: list[Arch], wanted: list[Frame], known: set[Any], table: LatencyTable, work: Path
 ) -> LatencyTable:
-    """Build shapes and time them beside the body's references, which come first of all."""
-    steady = references(job.body.student.arch)
-    built = list(dict.fromkeys([*steady, *missing]))
-    files = {arch: frame_files(work, i, wanted, job.target) for i, arch in enumerate(built)}
-    for arch in built:
-        if time.monotonic() > job.end:
-            return table
+    """Build shapes and time them beside references, which come first of all.
+
+    When the time is up, what is built by then is still timed in one frame, so that every call gets further.
+    """
+    steady = {frame: reference_ms(table, frame, job.body) for frame in wanted}
+    firsts = references(job.body.student.arch)
+    planned = list(dict.fromkeys([*firsts, *(arch for known in steady.values() for arch in known), *missing]))
+    files: dict[Arch, dict[Frame, Path]] = {}
+    for i, arch in enumerate(planned):
+        if time.monotonic() > job.end and i > len(planned) - len(missing):
+            break
+        files[arch] = frame_files(work, i, wanted, job.target)
         outputs = {path: frame for frame, path in files[arch].items()}
         build_graphs(job.body, arch, outputs, static=job.target.is_static, symmetric=job.target.symmetric)
+    taken = 0
     for frame in wanted:
-        lacking = [arch for arch in missing if (frame, _layers(arch)) not in known]
-        if lacking and time.monotonic() < job.end:
-            lacking += [arch for arch in steady if arch not in lacking and (frame, _layers(arch)) not in known]
-            subjects = {arch: Subject(name=str(i), path=files[arch][frame]) for i, arch in enumerate(built)}
-            table = _measured(table, frame, lacking, subjects, job)
+        lacking = [arch for arch in missing if arch in files and (frame, _layers(arch)) not in known]
+        if lacking and (time.monotonic() < job.end or not taken):
+            if not steady[frame]:
+                lacking += [arch for arch in firsts if arch not in lacking and (frame, _layers(arch)) not in known]
+            subjects = {arch: Subject(name=str(i), path=paths[frame]) for i, (arch, paths) in enumerate(files.items())}
+            table = _measured(table, frame, lacking, subjects, steady[frame], job)
             table.save(job.out)
+            taken += 1
     for path in {path for paths in files.values() for path in paths.values()}:
         path.unlink()
     return table
@@ -255,9 +267,13 @@ def frame_files(work: Path, index: int, wanted: Sequence[Frame], target: Target)
 
 
 def _measured(
-    table: LatencyTable, frame: Frame, archs: Sequence[Arch], subjects: Mapping[Arch, Subject], job: _Job
+    table: LatencyTable,
+    frame: Frame,
+    archs: Sequence[Arch],
+    subjects: Mapping[Arch, Subject],
+    steady: Mapping[Arch, float],
+    job: _Job,
 ) -> LatencyTable:
-    steady = reference_ms(table, frame, job.body)
     timed = time_beside(
         [(subjects[arch], ms) for arch, ms in steady.items()], [subjects[arch] for arch in archs], job.target,
         batch=frame.batch, sequence=frame.sequence, threads=table.conditions.threads,
@@ -270,7 +286,37 @@ def _measured(
 
 
 def reference_ms(table: LatencyTable, frame: Frame, body: Body) -> dict[Arch, float]:
-    """The references of a frame with their medians in the table; empty while the frame has none."""
+    """The references of a frame with their medians in the table; empty while the frame has no points.
+
+    A body other than that the frame was begun with takes points that it can be cut to as well, small to large.
+
+    Raises:
+        ModelError: there are points, and the body can be cut to none of them.
+    """
     known = {point.layers: point.ms for point in table.points if point.frame == frame}
-    steady = {arch: known.get(_layers(arch)) for arch in references(body.student.arch)}
-    return {arch: ms for arch, ms in steady.items() if ms is not None}
+    own = body.student.arch
+    steady = {arch: known[_layers(arch)] for arch in references(own) if _layers(arch) in known}
+    if steady or not known:
+        return steady
+    fitting = sorted((ms, layers) for layers, ms in known.items() if _fits(layers, own))
+    if not fitting:
+        raise ModelError(
+            f"{frame.describe()} was begun with a larger body than {body.name}, and nothing of it can be timed beside "
+            "this one: calibrate into another --out"
+        )
+    chosen = dict.fromkeys([fitting[0], fitting[len(fitting) // 2], fitting[-1]])
+    return {_cut_to(layers, own): ms for ms, layers in chosen}
+
+
+def _fits(layers: Sequence[tuple[int, int, int]], arch: Arch) -> bool:
+    own = {layer.source: layer for layer in arch.layers}
+    return all(
+        source in own and heads <= own[source].heads and neurons <= own[source].neurons
+        for source, heads, neurons in layers
+    )
+
+
+def _cut_to(layers: Sequence[tuple[int, int, int]], arch: Arch) -> Arch:
+    return replace(
+        arch, layers=tuple(Layer(source=source, heads=heads, neurons=neurons) for source, heads, neurons in layers)
+    )

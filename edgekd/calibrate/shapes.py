@@ -9,6 +9,7 @@ from dataclasses import replace
 from edgekd.arch import Arch, Layer
 
 NEURON_STEP = 32
+ATTEMPTS = 200
 SHORT, LONG = 2, 5
 """Lengths of the two chains of each width; their difference is the cost of the layers in between."""
 
@@ -69,11 +70,14 @@ def convolution_shapes(arch: Arch, droppable: Sequence[bool]) -> list[Arch]:
 def mixed(arch: Arch, droppable: Sequence[bool], count: int, *, seed: int) -> list[Arch]:
     """Random students of a body: any depth, uniform ones (a third) and ones with a width of its own in every layer.
 
-    Heads are any number, neurons multiples of 32 (of an eighth of the width in convolutional nets).
+    Heads are any number, neurons multiples of 32 (of an eighth of the width in convolutional nets). Fewer shapes where
+    the body does not have as many.
     """
     rng = random.Random(seed)
     shapes: list[Arch] = []
-    while len(shapes) < count:
+    for _ in range(ATTEMPTS * count):
+        if len(shapes) == count:
+            break
         kept = _kept(arch, droppable, rng)
         even = rng.random() < 1 / 3
         share = (rng.random(), rng.random())

@@ -26,7 +26,7 @@ GROUP = Settings(blocks=ROUNDS, block_ms=12.0, min_runs=ROUNDS, warmup_seconds=0
 class Timed:
     """One model: its median in ms at the reference speed, and its plain median `now_ms`.
 
-    `noise` is the relative half width of the 95 % interval of the first, over rounds.
+    `noise` is the relative half width of about the 90 % interval of the first, if rounds are independent.
     """
 
     ms: float
@@ -69,5 +69,5 @@ def _rounds(samples: Samples) -> npt.NDArray[np.float64]:
 def _timed(rounds: npt.NDArray[np.float64], samples: Samples) -> Timed:
     middle = float(np.median(rounds))
     spread = float(np.subtract(*np.quantile(rounds, (0.75, 0.25))))
-    # 1.57 · IQR / √n is the half width of a 95 % interval of a median (McGill, Tukey and Larsen, 1978).
+    # 1.57 · IQR / √n: the notch of a box plot (McGill, Tukey and Larsen, 1978).
     return Timed(middle, 1.57 * spread / float(np.sqrt(len(rounds))) / middle, float(np.median(samples.ms)))

@@ -108,8 +108,9 @@ def print_table(path: Path, table: LatencyTable) -> None:
     console = Console(highlight=False)
     own = table.conditions
     where = f" on {own.cpu}, {own.threads} threads" if own.cpu else ""
-    console.print(f"{path}: {own.target}, {own.kind.replace('_', ' ')}{where}; {len(table.points)} points, "
-                  f"{len(table.cells)} cells", soft_wrap=True)  # fmt: skip
+    size = f"{len(table.points)} points, {len(table.cells)} cells"
+    head = f"{path}: {own.target}, {own.kind.replace('_', ' ')}{where}; {size}"
+    console.print(head, soft_wrap=True, markup=False)
     rows = Table("held out", "n", "within 5 %", "within 10 %", "median", "p90", box=None, header_style="bold",
                  pad_edge=False)  # fmt: skip
     groups: dict[str, Any] = {**table.held_out.get("groups", {}), "all": table.held_out}
@@ -119,4 +120,4 @@ def print_table(path: Path, table: LatencyTable) -> None:
             rows.add_row(name, str(facts["n"]), *figures)
     console.print(rows)
     if own.caveat:
-        console.print(own.caveat, soft_wrap=True)
+        console.print(own.caveat, soft_wrap=True, markup=False)

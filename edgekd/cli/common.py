@@ -111,8 +111,12 @@ def budget_options(function: Function) -> Function:
     options = (
         click.option("--latency-p95-ms", type=above_zero, help="Budget: 95th percentile in milliseconds."),
         click.option("--speedup", type=click.FloatRange(min=1, min_open=True), help="Budget: times the fp32 teacher."),
-        click.option("--batch", type=click.IntRange(min=1), help="Examples per inference [default: 1]."),
-        click.option("--sequence", type=click.IntRange(min=1), help="Tokens per example [default: 64]."),
+        click.option(
+            "--batch", type=click.IntRange(min=1), help="Examples per inference [default: the target's, or 1]."
+        ),
+        click.option(
+            "--sequence", type=click.IntRange(min=1), help="Tokens per example [default: the target's, or 64]."
+        ),
         click.option("--threads", type=click.IntRange(min=1), help="Threads [default: the target's]."),
     )
     for option in reversed(options):

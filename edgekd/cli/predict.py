@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from edgekd import host
 from edgekd.cli.common import finish, output_options, start
 
 
@@ -32,7 +33,7 @@ def command(
     """Predict the median latency of MODEL on a target from its latency table; nothing is run.
 
     \b
-    In:   a model folder (a teacher, or a student made by a stage); a table of `edgekd calibrate`
+    In:   a model folder (of an encoder also a student made by a stage); a table of `edgekd calibrate`
     Out:  milliseconds, the error to expect, and what lies outside of what was measured
 
     \b
@@ -44,7 +45,10 @@ def command(
     from edgekd.errors import ModelError
     from edgekd.latency.table import find_table, load
     from edgekd.student import local_folder
+    from edgekd.target import load_target
 
+    if target.endswith((".yaml", ".yml")) or "/" in target:
+        target = load_target(target).name
     path = table or find_table(target)
     if path is None:
         raise ModelError(f"there is no latency table of {target}; make one with `edgekd calibrate --target {target}`")
@@ -53,12 +57,22 @@ def command(
     forms = [lowering] if lowering else sorted({c.frame.lowering for c in known.cells if c.frame.family == arch.family})
     tokens = sequence if body.image is None else body.tokens
     rows: list[dict[str, Any]] = []
+    gaps: list[ModelError] = []
     for form in forms or ["fp32"]:
-        found = known.predict(arch, lowering=form, batch=batch, sequence=tokens, outline=body.outline)
+        try:
+            found = known.predict(arch, lowering=form, batch=batch, sequence=tokens, outline=body.outline)
+        except ModelError as error:
+            gaps.append(error)
+            continue
         rows.append({"lowering": form, **vars(found), "extrapolates": list(found.extrapolates)})
+    if not rows:
+        raise gaps[0]
+    own = known.conditions
     result = {
-        "model": model, "target": known.conditions.target, "table": str(path), "batch": batch, "sequence": tokens,
-        "threads": known.conditions.threads, "caveat": known.conditions.caveat, "predictions": rows,
+        "model": model, "target": own.target, "table": str(path), "batch": batch, "sequence": tokens,
+        "conditions": {"kind": own.kind, "cpu": own.cpu, "runtime": own.runtime, "threads": own.threads,
+                       "date": own.date, "options": dict(own.options), "caveat": own.caveat},
+        "not_covered": [str(error) for error in gaps], "predictions": rows,
     }  # fmt: skip
     finish(result, as_json=as_json, text=lambda: _print(result, arch.describe()))
 
@@ -66,11 +80,18 @@ def command(
 def _print(result: dict[str, Any], shape: str) -> None:
     tokens = f", {result['sequence']} tokens" if result["sequence"] else ""
     click.echo(f"{result['model']} ({shape}) on {result['target']}, batch {result['batch']}{tokens}:")
+    own = result["conditions"]
+    where = f"on {own['cpu']}, {own['threads']} thread{'s'[: own['threads'] != 1]}, " if own["cpu"] else ""
+    click.echo(f"from {result['table']}, made {where}with {own['runtime']}, {own['date'] or 'date unknown'}")
+    if own["cpu"] and own["cpu"] != host.cpu_name():
+        click.echo(f"note: this machine has another CPU ({host.cpu_name()})")
     for row in result["predictions"]:
         basis = "measurements" if row["basis"] == "measured" else "the vendor's estimates"
         error = f", 90 % of held-out models were within {row['error']:.1%}" if row["error"] is not None else ""
         click.echo(f"  {row['lowering']}: {row['ms']:.4g} ms PREDICTED from {basis}{error}")
         for text in row["extrapolates"]:
             click.echo(f"    extrapolated, the error does not hold: {text}")
-    if result["caveat"]:
-        click.echo(result["caveat"])
+    for text in result["not_covered"]:
+        click.echo(f"  {text}")
+    if own["caveat"]:
+        click.echo(own["caveat"])

@@ -29,7 +29,7 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
         target: str,
         overrides: tuple[str, ...],
         out: Path,
-        lowering: str,
+        lowering: str | None,
         seed: int,
         as_json: bool,
         quiet: bool,
@@ -41,6 +41,8 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
             raise click.UsageError("give --data: the stage looks at examples")
         from edgekd.constraints import budget_of, require
         from edgekd.data import DataSpec
+        from edgekd.errors import RecipeError, unknown
+        from edgekd.quantize import Quantize
         from edgekd.stages import build_stage
         from edgekd.target import load_target, probe
 
@@ -48,6 +50,9 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
         section = data_section(settings)
         max_length = section.pop("max_length", None)
         device = probe(load_target(target))
+        lowering = lowering or Quantize().expected_on(device)
+        if lowering not in device.forms:
+            raise RecipeError(unknown(f"lowering on target {device.name}", lowering, device.forms))
         budget = budget_of(device, budget_section(settings))
         require(device, budget, {name: stage})
         from edgekd.pipeline.alone import Alone, run_alone
@@ -78,9 +83,7 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
             budget_options,
             click.option(
                 "--lowering",
-                default="int8_dynamic_fused",
-                show_default=True,
-                help="Form of the artifact to predict (search only).",
+                help="Form of the artifact to predict (search only) [default: what the target would ship].",
             ),
             data_options,
             click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed."),

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgekd import host
-from edgekd.devices import adb, ethos_u, openvino, ort, qualcomm, ssh
+from edgekd.devices import adb, ethos_u, openvino, ort, qualcomm, remote, ssh
 from edgekd.devices.ort import Operator
 from edgekd.errors import TargetError, unknown
-from edgekd.target import Target
+from edgekd.target import Target, probe
 
 __all__ = [
     "COMPILERS", "DEVICES", "REACHES", "Compiler", "Device", "Estimate", "Operator",
-    "compiler_of", "device_of", "is_estimated", "unavailable",
+    "compiler_of", "device_of", "is_estimated", "unavailable", "usual_threads",
 ]  # fmt: skip
 
 
@@ -111,6 +111,18 @@ def compiler_of(target: Target) -> Compiler:
     if target.runtime not in COMPILERS:
         raise TargetError(f"target {target.name!r}: {unknown('compiler', target.runtime, COMPILERS)}")
     return COMPILERS[target.runtime]
+
+
+def usual_threads(target: Target) -> int:
+    """Threads of one inference where nobody asks for another number: the target's, else one for each CPU there.
+
+    A board is asked, so `unavailable` must have found nothing against it.
+    """
+    if target.threads or target.cpus:
+        return target.threads or len(target.cpus)
+    if is_estimated(target):
+        return 1
+    return probe(target).threads or 1 if target.reach_by == "local" else remote.usable_cpus(target)
 
 
 def unavailable(target: Target) -> str | None:

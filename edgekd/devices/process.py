@@ -20,6 +20,8 @@ INHERITED = (
     "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH",
 )  # fmt: skip
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+REFUSED = 3
+"""Exit code of a worker that says why it cannot do what is asked."""
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
@@ -32,6 +34,7 @@ def run(target: Target, worker: Path, request: Mapping[str, Any], *, folder: Pat
         StageError: the worker itself failed.
     """
     asked, result = folder / "request.json", folder / "result.json"
+    result.unlink(missing_ok=True)
     asked.write_text(json.dumps({**request, "result": str(result), "parent": os.getpid()}), encoding="utf-8")
     try:
         done = subprocess.run(
@@ -54,7 +57,7 @@ def answer(request: Mapping[str, Any], result: Path, *, code: int, said: str, wh
         hint = ": the system kills processes when memory runs out" if -code == signal.SIGKILL else ""
         crash = f"{where}{engine} crashed ({_signal_name(-code)}{hint}) on {_paths(request)}"
         raise ModelError(crash + _tail(said))
-    if not result.is_file():
+    if not result.is_file() or code not in (0, REFUSED):
         raise StageError(f"{where}the measuring process failed with exit code {code}{_tail(said)}")
     told: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     if "error" in told:

@@ -137,9 +137,10 @@ def run(link: Link, worker: Path, request: Mapping[str, Any], *, folder: Path, t
     told, brought = talk(link, order, [path for _, path in files], timeout=timeout, doing=f"measuring {names}")
     if "trouble" in told:
         raise TargetError(f"{link.shown}: {told['trouble']}")
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
     for name, content in brought.items():
         (folder / name).write_bytes(content)
-    result = folder / "result.json"
     if result.is_file():
         text = result.read_text(encoding="utf-8")
         for mine, their in zip(request["subjects"], theirs["subjects"], strict=True):
@@ -261,19 +262,34 @@ def _read(out: IO[bytes]) -> tuple[bool, tuple[dict[str, Any], dict[str, bytes]]
     established, told = False, {}
     for line in out:
         if line.startswith(MARK):
-            established, told = True, json.loads(line[len(MARK) :])
+            established, told = True, _told(line[len(MARK) :])
             if told:
                 break
     if not told:
         return established, None
     brought = {}
     for name, size in told["files"]:
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in BACK) or "/" in name or size > LARGEST_FILE:
+        known = any(fnmatch.fnmatchcase(name, pattern) for pattern in BACK) and "/" not in name
+        if not known or name in brought or not 0 <= size <= LARGEST_FILE:
             raise TargetError(f"the board sends {name!r} of {size} bytes, which was not asked for")
         brought[name] = out.read(size)
         if len(brought[name]) != size:
             return True, None
     return True, (told, brought)
+
+
+def _told(text: bytes) -> dict[str, Any]:
+    """What the runner says, held against the form it has to have: it comes from another machine."""
+    try:
+        told = json.loads(text)
+        files = told.get("files", []) if isinstance(told, dict) else None
+        if files is None or not all(
+            isinstance(name, str) and isinstance(size, int) and not isinstance(size, bool) for name, size in files
+        ):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise TargetError(f"the board answers what edgekd does not understand: {text[:80]!r}") from None
+    return {**told, "files": files} if told else {}
 
 
 def _pack(worker: Path, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Path]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from edgekd import host
-from edgekd.devices import Operator, device_of, remote, unavailable
+from edgekd.devices import Operator, device_of, unavailable, usual_threads
 from edgekd.errors import ModelError, TargetError
 from edgekd.latency.feeds import Feeds, synthesize
 from edgekd.latency.stats import Samples
-from edgekd.target import Target, probe
+from edgekd.target import Target
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -129,7 +130,9 @@ def trace_operators(
         work = _Work(target, threads, cpus, Path(name), settings)
         spec = work.spec(0, model, _feeds(model, batch, sequence, shapes, settings.seed))
         answer = work.ask("trace", [spec], runs=runs, trace=str(Path(name) / "trace"))
-        return device_of(target).placement(Path(name) / answer["trace"], warm_runs=answer["warm_runs"])
+        # Only the name counts: the answer may come from another machine.
+        trace = Path(name) / Path(str(answer["trace"])).name
+        return device_of(target).placement(trace, warm_runs=answer["warm_runs"])
 
 
 def choose_cpus(threads: int) -> tuple[int, ...]:
@@ -157,8 +160,7 @@ class _Work:
             raise TargetError(f"target {target.name!r} is unavailable: {reason}")
         self.target, self.folder, self.settings = target, folder, settings
         given, is_local = tuple(cpus or target.cpus), target.reach_by == "local"
-        there = len(given) or (None if is_local else remote.usable_cpus(target))
-        usual = target.threads or there or probe(target).threads or 1
+        usual = target.threads or len(given) or usual_threads(target)
         self.threads = threads or min(usual, len(cpus or ()) or usual)
         if given and self.threads > len(given):
             raise TargetError(f"{self.threads} threads asked, but only CPUs {list(given)} to run on: give more of them")
@@ -209,8 +211,8 @@ def _feeds(
     try:
         with np.load(model.feeds, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the inputs {model.feeds}: {error}") from None
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ModelError(f"cannot read the inputs {model.feeds}: not an .npz file of numbers ({error})") from None
     ids = arrays.get("input_ids")
     first = next(iter(arrays.values()), np.zeros(1))
     length = int(ids.shape[1]) if ids is not None and ids.ndim > 1 else None

@@ -48,7 +48,7 @@ class Conditions:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One model that was timed: `ms` is its median; `noise` the relative half width of its 95 % interval."""
+    """One model that was timed: `ms` is its median, `noise` as in `edgekd.calibrate.timing.Timed`."""
 
     frame: Frame
     layers: tuple[tuple[int, int, int], ...]
@@ -68,6 +68,7 @@ class Point:
 class Prediction:
     """A predicted median in milliseconds. `error` is the 90th percentile of the table's held-out relative error.
 
+    There is none where nothing was held out, or where hidden size, batch or length lie between those measured.
     `extrapolates` names each dimension that lies outside what was measured; the error does not hold there.
     """
 
@@ -100,7 +101,7 @@ class LatencyTable:
         return Prediction(
             ms=float(mix.predict([arch])[0]),
             basis=self.conditions.kind,
-            error=self._error(arch.family, lowering),
+            error=self._error(arch.family, lowering) if len(mix.cells) == 1 else None,
             extrapolates=tuple(beyond),
         )
 
@@ -193,7 +194,7 @@ class LatencyTable:
         write_text(path, json.dumps(self.to_dict(), separators=(",", ":")).replace('{"frame"', '\n{"frame"') + "\n")
 
     def _error(self, family: str, lowering: str) -> float | None:
-        group = self.held_out.get("groups", {}).get(f"{family} {lowering}", self.held_out)
+        group = self.held_out.get("groups", {}).get(f"{family} {lowering}", {})
         error = group.get("p90")
         return None if error is None else float(error)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekd.context import Progress, Silent
-from edgekd.errors import BudgetError, EdgekdError, StoreError
+from edgekd.devices import unavailable
+from edgekd.errors import BudgetError, EdgekdError, ModelError, StoreError, TargetError
 from edgekd.export.bundle import MANIFEST, read_manifest
 from edgekd.files import sha256_json, write_text
 from edgekd.latency.verdict import FAIL, PASS, Verdict
@@ -83,12 +84,25 @@ def _run(run: RunFolder, recipe: Recipe, targets: list[Target], progress: Progre
         progress=progress,
     )
     key = _run_key(recipe, setup, targets)
-    if (done := _finished(run, key, progress)) is not None:
+    if (done := _finished(run, key, targets, progress)) is not None:
         return done
     write_text(run.path / "recipe.yaml", recipe.to_yaml())
     base = baseline(run, setup, progress)
-    results = [_one_target(run, recipe, setup, base, target, progress) for target in targets]
-    return _finish(run, recipe, key, results)
+    outcomes, troubles = [], {}
+    for target in targets:
+        try:
+            outcomes.append(_one_target(run, recipe, setup, base, target, progress))
+        except (ModelError, TargetError) as error:
+            if len(targets) == 1:
+                raise
+            # A board that is gone or a compiler that refuses is no reason to leave the other targets undone.
+            troubles[target.name] = str(error)
+            progress.say(f"{target.name}: {error}")
+    if troubles:
+        ready = ", ".join(str(outcome.bundle) for outcome in outcomes if outcome.bundle is not None) or "none"
+        told = "; ".join(f"{name}: {text}" for name, text in troubles.items())
+        raise TargetError(f"{told}. Bundles of the other targets: {ready}; the same command goes on from here")
+    return _finish(run, recipe, key, outcomes)
 
 
 @dataclass(frozen=True)
@@ -210,7 +224,7 @@ def report_again(folder: str | Path) -> Result:
     return result
 
 
-def _finished(run: RunFolder, key: str, progress: Progress) -> Result | None:
+def _finished(run: RunFolder, key: str, targets: Sequence[Target], progress: Progress) -> Result | None:
     """The result of this very run if it was finished before and its bundles are whole."""
     try:
         manifest = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
@@ -218,6 +232,9 @@ def _finished(run: RunFolder, key: str, progress: Progress) -> Result | None:
             return None
         result = _read_result(run.path, manifest)
     except (OSError, ValueError, KeyError, TypeError, EdgekdError):
+        return None
+    there = {target.name for target in targets if unavailable(target) is None}
+    if any(entry["kind"] == "unavailable" and entry["target"] in there for entry in result.latency):
         return None
     progress.say(f"{run.path} is finished; nothing to do (--fresh runs it again)")
     return result

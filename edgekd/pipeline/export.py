@@ -19,7 +19,7 @@ from edgekd.export.bundle import MANIFEST, seal
 from edgekd.files import publish
 from edgekd.latency.bench import Settings
 from edgekd.pipeline.artifact import Place, build, float_forms, score
-from edgekd.pipeline.finish import artifact_section, estimate_section, layout, versions
+from edgekd.pipeline.finish import artifact_section, estimate_section, layout, versions, with_size
 from edgekd.pipeline.gauge import gauge
 from edgekd.pipeline.setup import check_length, id2label
 from edgekd.quantize.forms import needs_examples
@@ -58,6 +58,7 @@ def export(
         place = Place(target=target, budget=budget, calibration=calibration)
         artifact = build(student, task, encoded, Path(scratch), lowering=form, place=place)
         gauged = gauge(artifact, target, budget, Path(scratch) / "device", teacher=None, look=Settings())
+        verdict = with_size(gauged.verdict, artifact.file.stat().st_size, budget)
         draft = Path(scratch) / "bundle"
         layout(draft, artifact, student, gauged)
         manifest = {
@@ -69,7 +70,7 @@ def export(
             "quality": {"split": split, **score(artifact.file, task, encoded)} if data is not None else None,
             "latency": [gauged.measurement.to_dict()],
             **estimate_section(gauged),
-            "verdict": [gauged.verdict.to_dict()],
+            "verdict": [verdict.to_dict()],
             "ledger": [],
             "versions": versions(),
         }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgekd.context import Budget
 from edgekd.devices import Estimate, is_estimated, unavailable
-from edgekd.errors import ModelError, StageError
+from edgekd.errors import EdgekdError
 from edgekd.latency import stats
 from edgekd.latency.artifact import Artifact as Model
 from edgekd.latency.bench import Settings
@@ -81,6 +81,7 @@ def _estimated(artifact: Artifact, target: Target, budget: Budget, folder: Path,
         measurement,
         batch=budget.batch,
         sequence=artifact.shapes.get("sequence"),
+        throughput=1000.0 * budget.batch / estimates["model"].ms,
         notes=(*measurement.notes, *([note] if note else [])),
     )
     verdict = judge(measurement, latency_p95_ms=budget.latency_p95_ms, speedup=budget.speedup)
@@ -91,21 +92,24 @@ def _compiled(
     artifact: Artifact, target: Target, folder: Path, teacher: Teacher | None
 ) -> tuple[Measurement, Mapping[str, Estimate], str]:
     """The compiler's word on the artifact and, if it takes that too, on the teacher in the same form; a note on it."""
-    own = {"model": Model(artifact.file)}
+    measurement, estimates = estimate(target, {"model": Model(artifact.file)}, folder)
     if teacher is None:
-        return *estimate(target, own, folder), ""
+        return measurement, estimates, ""
     try:
-        both = {**own, "baseline": Model(teacher.in_form())}
-        return *estimate(target, both, folder), SAME_FORM.format(form=artifact.lowering)
-    except (ModelError, StageError) as error:
-        # A teacher that does not compile is no reason to lose the artifact; if it is the artifact, this raises again.
-        return *estimate(target, own, folder), f"no speedup is known: the teacher as {artifact.lowering}: {error}"
+        _, theirs = estimate(target, {"model": Model(teacher.in_form())}, folder / "baseline")
+    except EdgekdError as error:
+        # A teacher that does not compile is no reason to lose the artifact.
+        return measurement, estimates, f"no speedup is known: the teacher as {artifact.lowering}: {error}"
+    baseline = theirs["model"]
+    measurement = replace(measurement, teacher_p50_ms=baseline.ms, speedup=baseline.ms / estimates["model"].ms)
+    return measurement, {**estimates, "baseline": baseline}, SAME_FORM.format(form=artifact.lowering)
 
 
 def _measured(artifact: Artifact, target: Target, budget: Budget, teacher: Teacher | None, look: Settings) -> Gauged:
     if teacher is None:
         measurement = summarize(timed([artifact.file], target, budget)[0], target=target.name)
-        return Gauged(measurement=measurement, verdict=judge(measurement, latency_p95_ms=budget.latency_p95_ms))
+        verdict = judge(measurement, latency_p95_ms=budget.latency_p95_ms, speedup=budget.speedup)
+        return Gauged(measurement=measurement, verdict=verdict)
     graph, looks = teacher.graph, list[tuple[Samples, Samples]]()
 
     def more(number: int) -> Measurement:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.devices import is_estimated, unavailable
-from edgekd.errors import DataError, TargetError
+from edgekd.errors import DataError, EdgekdError, StageError, TargetError
 from edgekd.export.lower import NOT_FROM_ONNX, Ranges, precision_of
 from edgekd.export.onnx import export_float
 from edgekd.export.parity import Logits, onnx_logits, require_parity
@@ -51,7 +51,7 @@ def quantize(settings: Quantize, student: Student, ctx: Context) -> Student:
     graph = export_float(student, ctx.task.name, ctx.work / "float.onnx")
     reference = onnx_logits(graph, ctx.validation)
     float_metric = _metric(reference, ctx)
-    built = [_build(graph, form, settings, reference, student, ctx) for form in wanted]
+    built = _built(graph, wanted, settings, reference, student, ctx)
     found = [candidate for candidate, _ in built]
     reason = unavailable(ctx.target) or ("its latency is the vendor's estimate" if is_estimated(ctx.target) else None)
     if len(found) > 1 and reason is None:
@@ -72,6 +72,26 @@ def quantize(settings: Quantize, student: Student, ctx: Context) -> Student:
     elif needs_examples(chosen.lowering):
         kept |= {"calibration": settings.calibration, "seed": ctx.seed}
     return replace(student, quantization=kept)
+
+
+def _built(
+    graph: Path, wanted: Sequence[str], settings: Quantize, reference: Logits, student: Student, ctx: Context
+) -> list[tuple[Candidate, Ranges | None]]:
+    """All forms that come out right; one that does not is noted, unless there is no other."""
+    built, refused = [], {}
+    for form in wanted:
+        try:
+            built.append(_build(graph, form, settings, reference, student, ctx))
+        except EdgekdError as error:
+            if len(wanted) == 1:
+                raise
+            refused[form] = str(error)
+            ctx.progress.say(f"quantize: {form} is left out: {error}")
+    if not built:
+        raise StageError("none of the forms came out right: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
+    if refused:
+        ctx.notes["refused"] = refused
+    return built
 
 
 def choose(found: Sequence[Candidate], float_metric: float, tolerance: float) -> Candidate:

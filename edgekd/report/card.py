@@ -136,6 +136,6 @@ def _usage(manifest: Mapping[str, Any]) -> list[str]:
         return [*lines, "This runs it on a CPU, for its answers and not for its speed.", *device]
     return [
         *lines,
-        "It runs at the stated speed in a plain `onnxruntime.InferenceSession` with default options, and loads in",
-        "transformers.js from the same folder.",
+        "It runs at the stated speed in a plain `onnxruntime.InferenceSession` with default options on the target's",
+        "execution provider, and loads in transformers.js from the same folder.",
     ]

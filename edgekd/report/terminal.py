@@ -20,7 +20,8 @@ def rows(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
     teacher, artifact, quality = manifest["teacher"], manifest["artifact"], manifest["quality"]
     latency = manifest["latency"][0]
     first = ("", f"{teacher['value']:.4f}", _ms(latency.get("teacher_p50_ms")), "", "1.00×")
-    table = [("teacher (fp32)", *first, _mb(teacher["size_bytes"]))]
+    form = "teacher (same form)" if latency["kind"] == "vendor_estimate" else "teacher (fp32)"
+    table = [(form, *first, _mb(teacher["size_bytes"]))]
     for entry in manifest["ledger"]:
         validation = "" if entry["metric"] is None else f"{entry['metric']:.4f}"
         table.append((f"  {entry['stage']}", validation, "", *_timing(entry["latency"]), _mb(entry.get("size_bytes"))))

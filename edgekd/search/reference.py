@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,12 @@ from edgekd.arch import Arch
 from edgekd.calibrate.bodies import Body, body_of_student
 from edgekd.calibrate.estimates import Estimator
 from edgekd.calibrate.graphs import build_graphs
+from edgekd.calibrate.run import fingerprint, runtime_of
 from edgekd.calibrate.shapes import convolution_shapes, short_chains
-from edgekd.devices import is_estimated, unavailable
+from edgekd.devices import is_estimated, unavailable, usual_threads
 from edgekd.errors import ModelError, RecipeError, StageError, TargetError
 from edgekd.export.onnx import OPSET
-from edgekd.files import sha256_json, write_json
+from edgekd.files import sha256_file, sha256_json, write_json
 from edgekd.latency.bench import Settings, Subject, measure
 from edgekd.latency.cell import Frame
 from edgekd.latency.fit import fit
@@ -77,14 +78,16 @@ def find_reference(settings: Search, student: Student, ctx: Context) -> Referenc
     """
     body = body_of_student(student, ctx.task.name)
     frame = _frame(body, ctx)
+    path = _table_path(settings, ctx)
     key = {
+        "cpu": host.cpu_name(), "runtime": runtime_of(ctx.target), "contents": sha256_file(path) if path else "",
         "arch": student.arch.to_dict(), "target": ctx.target.fingerprint, "lowering": ctx.lowering, "opset": OPSET,
-        "shape": [ctx.budget.batch, ctx.budget.sequence, ctx.budget.threads], "table": settings.table,
+        "shape": [ctx.budget.batch, ctx.budget.sequence, ctx.budget.threads],
     }  # fmt: skip
     file = ctx.cache / f"latency-{sha256_json(key)[:16]}.json"
     if file.is_file():
         return read_reference(file)
-    reference = _from_table(settings, body, frame, ctx) or _own(body, frame, ctx)
+    reference = (path and _from_table(path, settings, body, frame, ctx)) or _own(body, frame, ctx)
     ctx.cache.mkdir(parents=True, exist_ok=True)
     facts = {**vars(reference), "table": reference.table.to_dict(), "frame": vars(frame)}
     write_json(file, facts)
@@ -110,13 +113,16 @@ def _frame(body: Body, ctx: Context) -> Frame:
     return frame_of(body.student.arch, ctx.lowering, ctx.budget.batch, tokens, body.outline)
 
 
-def _from_table(settings: Search, body: Body, frame: Frame, ctx: Context) -> Reference | None:
-    """A reference from a table that was made before, brought to the speed of now by three models where possible."""
-    path = Path(settings.table) if settings.table else find_table(ctx.target.name)
-    if path is None or (settings.table is None and not path.is_file()):
-        return None
-    if not path.is_file():
+def _table_path(settings: Search, ctx: Context) -> Path | None:
+    if settings.table is None:
+        return find_table(ctx.target.name)
+    if not Path(settings.table).is_file():
         raise RecipeError(f"there is no latency table at {settings.table!r}; leave `table` out to measure one")
+    return Path(settings.table)
+
+
+def _from_table(path: Path, settings: Search, body: Body, frame: Frame, ctx: Context) -> Reference | None:
+    """A reference from a table that was made before, brought to the speed of now by three models where possible."""
     table = load(path)
     if reason := _foreign(table, frame, ctx):
         if settings.table:
@@ -125,9 +131,8 @@ def _from_table(settings: Search, body: Body, frame: Frame, ctx: Context) -> Ref
     ctx.progress.say(f"search: latencies from {path.name}")
     mix, arch = table.mix(frame), body.student.arch
     if unavailable(ctx.target) is not None:
-        return Reference(
-            table=table, frame=frame, teacher_ms=float(mix.predict([arch])[0]), source=f"{path.name}, nothing was run"
-        )
+        teacher = _predicted_teacher(table, frame, arch, ctx)
+        return Reference(table=table, frame=frame, teacher_ms=teacher, source=f"{path.name}, nothing was run")
     if is_estimated(ctx.target):
         with Estimator(ctx.target, ctx.work) as estimate:
             teacher = estimate(body, arch, frame).ms
@@ -139,15 +144,38 @@ def _from_table(settings: Search, body: Body, frame: Frame, ctx: Context) -> Ref
     return Reference(table=table, frame=frame, teacher_ms=teacher_ms, tail=tail, scale=scale, source=path.name)
 
 
+def _predicted_teacher(table: LatencyTable, frame: Frame, arch: Arch, ctx: Context) -> float:
+    """The teacher in the form a speedup is over: fp32 where latencies are measured, else the student's own.
+
+    Raises:
+        RecipeError: a speedup is asked, and the table has no fp32 models.
+    """
+    if table.conditions.kind != "measured":
+        return float(table.mix(frame).predict([arch])[0])
+    for lowering in ("fp32", "fp32_fused"):
+        if table.covers(plain := replace(frame, lowering=lowering)):
+            return float(table.mix(plain).predict([arch])[0])
+    if ctx.budget.speedup is not None:
+        raise RecipeError(f"a speedup is over the fp32 teacher, and the latency table of {ctx.target.name} has no fp32 "
+                          "models: calibrate with --lowering fp32 too, or give latency_p95_ms")  # fmt: skip
+    return float(table.mix(frame).predict([arch])[0])
+
+
 def _foreign(table: LatencyTable, frame: Frame, ctx: Context) -> str:
     """Why a table does not hold for this search, or an empty string."""
-    own, threads = table.conditions, ctx.budget.threads or ctx.target.threads or 1
+    own, here = table.conditions, unavailable(ctx.target) is None
     if own.target != ctx.target.name:
         return f"it was made for {own.target}"
-    if own.kind == "measured" and own.threads != threads:
-        return f"it was made with {own.threads} threads, not {threads}"
-    if own.cpu and ctx.target.reach_by == "local" and unavailable(ctx.target) is None and own.cpu != host.cpu_name():
-        return f"it was made on {own.cpu}"
+    if own.fingerprint and own.fingerprint != fingerprint(ctx.target):
+        return "the target's runtime or options were others"
+    if own.kind == "measured" and here:
+        threads = ctx.budget.threads or usual_threads(ctx.target)
+        if own.threads != threads:
+            return f"it was made with {own.threads} threads, not {threads}"
+        if own.cpu and own.cpu != host.cpu_name():
+            return f"it was made on {own.cpu}"
+        if own.runtime and own.runtime != runtime_of(ctx.target):
+            return f"it was made with {own.runtime}, not {runtime_of(ctx.target)}"
     return "" if table.covers(frame) else f"it does not cover {frame.describe()}"
 
 
