@@ -154,7 +154,9 @@ def _start(target: Target, out: Path, threads: int, fresh: bool) -> LatencyTable
 def fingerprint(target: Target) -> str:
     """Of what in a target file can change a latency; titles, sources and budgets may be rewritten."""
     facts = (target.runtime, dict(target.options), target.providers, target.cpus, target.shapes, target.symmetric)
-    return sha256_json([*facts, target.reach_by, dict(target.reach_settings)])[:16]
+    # Names of CPUs can be vague ("AMD EPYC"); what it can do is not. Boards and NPUs are not this CPU.
+    features = [list(target.features)] if target.features else []
+    return sha256_json([*facts, target.reach_by, dict(target.reach_settings), *features])[:16]
 
 
 def runtime_of(target: Target) -> str:
