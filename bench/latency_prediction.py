@@ -37,7 +37,7 @@ from edgekd.calibrate.timing import time_beside
 from edgekd.errors import ModelError
 from edgekd.latency.bench import Subject
 from edgekd.latency.cell import Frame
-from edgekd.latency.table import LatencyTable, load
+from edgekd.latency.table import LatencyTable, Point, load
 from edgekd.target import Target, load_target, probe
 
 GROUP = 13
@@ -54,9 +54,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20261122)
     parser.add_argument("--out", type=Path, help="JSON [default: bench/results/latency_prediction-TARGET.json]")
     parser.add_argument("--models", type=Path, help="folder that keeps what is built for a compiler")
+    parser.add_argument("--truth", type=Path, help="an earlier result: take its latencies and only predict anew")
     arguments = parser.parse_args()
     table = load(arguments.table)
     target = probe(load_target(table.conditions.target))
+    out = arguments.out or Path(__file__).parent / "results" / f"latency_prediction-{target.name}.json"
+    if arguments.truth is not None:
+        earlier = json.loads(arguments.truth.read_text(encoding="utf-8"))
+        _write(out, table, [_again(row, table) for row in earlier["rows"]], f"truth: {earlier['command']}")
+        return
     groups = _groups(table)
     each = -(-arguments.count // len(groups))
     rows: list[dict[str, Any]] = []
@@ -69,20 +75,32 @@ def main() -> None:
             else:
                 rows += _timed(body, frames, archs, table, target, Path(name))
             print(f"{number + 1}/{len(groups)} {frames[0].describe()}: {len(rows)} points", flush=True)
-    out = arguments.out or Path(__file__).parent / "results" / f"latency_prediction-{target.name}.json"
+    _write(out, table, rows, "")
+
+
+def _write(out: Path, table: LatencyTable, rows: list[dict[str, Any]], note: str) -> None:
     result = {
         "command": " ".join(["python bench/latency_prediction.py", *(Path(word).name for word in sys.argv[1:])]),
+        **({"note": note} if note else {}),
         "machine": {"cpu": host.cpu_name(), "cores": host.usable_cores(), "conditions": vars(table.conditions)},
         "summary": _summary(rows),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     # One line a row: there are hundreds.
-    head, table_rows = json.dumps(result, indent=1)[:-2], ",\n".join(json.dumps(row) for row in rows)
-    out.write_text(f'{head},\n "rows": [\n{table_rows}\n ]\n}}\n', encoding="utf-8")
+    head, lines = json.dumps(result, indent=1)[:-2], ",\n".join(json.dumps(row) for row in rows)
+    out.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     out.with_suffix(".svg").write_text(_scatter(rows), encoding="utf-8")
     for group, facts in result["summary"].items():
         within = f"within 5 %: {facts['within_5']:.1%}  within 10 %: {facts['within_10']:.1%}"
         print(f"{group:40} n={facts['n']:4} {within}  median {facts['median']:.1%}  worst {facts['max']:.1%}")
+
+
+def _again(row: dict[str, Any], table: LatencyTable) -> dict[str, Any]:
+    """The same truth, predicted from the table as it is now."""
+    frame = next(cell.frame for cell in table.cells if cell.frame.describe() == row["frame"])
+    layers = tuple((source, heads, neurons) for source, heads, neurons in row["layers"])
+    more = {key: row[key] for key in ("now_ms", "noise") if key in row}
+    return _row(table, frame, Point(frame=frame, layers=layers, ms=row["ms"]).arch, row["ms"], **more)
 
 
 def _groups(table: LatencyTable) -> list[tuple[Body, list[Frame]]]:
