@@ -31,7 +31,7 @@ from edgekd.calibrate.bodies import STANDARD, Body
 from edgekd.calibrate.estimates import Estimator
 from edgekd.calibrate.graphs import build_graphs
 from edgekd.calibrate.run import frame_files, reference_ms
-from edgekd.calibrate.shapes import mixed, references
+from edgekd.calibrate.shapes import mixed
 from edgekd.calibrate.timing import GROUP as GROUP_SETTINGS
 from edgekd.calibrate.timing import time_beside
 from edgekd.errors import ModelError
@@ -135,7 +135,8 @@ def _layers(arch: Arch) -> tuple[tuple[int, int, int], ...]:
 def _timed(
     body: Body, frames: list[Frame], archs: list[Arch], table: LatencyTable, target: Target, work: Path
 ) -> list[dict[str, Any]]:
-    rows, steady = [], references(body.student.arch)
+    rows: list[dict[str, Any]] = []
+    steady = list(dict.fromkeys(arch for frame in frames for arch in reference_ms(table, frame, body)))
     for start in range(0, len(archs), GROUP):
         part = archs[start : start + GROUP]
         files = {arch: frame_files(work, i, frames, target) for i, arch in enumerate([*steady, *part])}

@@ -49,6 +49,9 @@ def main() -> None:
             print(f"{name}: unavailable, {reason}", flush=True)
             continue
         rows += _estimates(body, shapes, target, arguments.sequence)
+    if not any("ms" in row for row in rows):
+        print("nothing was estimated, so nothing is written")
+        return
     result = {
         "command": " ".join(["python bench/vendor_estimates.py", *(Path(word).name for word in sys.argv[1:])]),
         "rows": rows,
