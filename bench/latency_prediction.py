@@ -61,7 +61,9 @@ def main() -> None:
     out = arguments.out or Path(__file__).parent / "results" / f"latency_prediction-{target.name}.json"
     if arguments.truth is not None:
         earlier = json.loads(arguments.truth.read_text(encoding="utf-8"))
-        _write(out, table, [_again(row, table) for row in earlier["rows"]], f"truth: {earlier['command']}")
+        seen = {(point.frame.describe(), point.layers) for point in table.points}
+        unseen = [row for row in earlier["rows"] if (row["frame"], tuple(map(tuple, row["layers"]))) not in seen]
+        _write(out, table, [_again(row, table) for row in unseen], f"truth: {earlier['command']}")
         return
     groups = _groups(table)
     each = -(-arguments.count // len(groups))
