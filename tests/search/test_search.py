@@ -11,7 +11,7 @@ from edgekd.arch import Arch, Layer
 from edgekd.calibrate.shapes import chains, short_chains
 from edgekd.context import Budget, Context, Silent
 from edgekd.data import DataSpec
-from edgekd.devices import Estimate
+from edgekd.devices import Estimate, usual_threads
 from edgekd.errors import BudgetError, RecipeError, TargetError
 from edgekd.latency.stats import Samples
 from edgekd.latency.table import Conditions, LatencyTable, Point, frame_of
@@ -207,7 +207,8 @@ def saved_table(context, clock, path, **conditions):
         Point(frame=frame, ms=clock.cost(shape), layers=tuple((x.source, x.heads, x.neurons) for x in shape.layers))
         for shape in shapes
     ]
-    table = LatencyTable(conditions=Conditions(target="local", **conditions), points=tuple(points)).refit()
+    own = {"threads": usual_threads(context.target), **conditions}
+    table = LatencyTable(conditions=Conditions(target="local", **own), points=tuple(points)).refit()
     table.save(path)
     return table
 
