@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from edgekd.arch import Arch
     from edgekd.student import Student
     from edgekd.target import Target
     from edgekd.tasks import Encoded, Task
@@ -68,6 +70,11 @@ class Silent:
         """Ignore."""
 
 
+def as_it_is(arch: Arch) -> Arch:
+    """The same shape."""
+    return arch
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """The surroundings of one stage.
@@ -75,8 +82,8 @@ class Context:
     `work` is the stage's scratch folder, which survives a kill so that the stage can go on where it was; `cache`
     holds what several stages and rounds share (teacher outputs, latency tables). `teacher_graph` is the teacher as
     float32 ONNX. `lowering` is the form in which the artifact is expected to ship, so that search can predict its
-    latency. `strictness` is at most 1: the part of the budget that is left after earlier rounds missed it. What a
-    stage adds to `notes` goes into the ledger.
+    latency, and `reshape` what the operators stage will make of a shape. `strictness` is at most 1: the part of the
+    budget that is left after earlier rounds missed it. What a stage adds to `notes` goes into the ledger.
     """
 
     teacher: Student
@@ -94,4 +101,5 @@ class Context:
     lowering: str = "fp32"
     seed: int = 0
     strictness: float = 1.0
+    reshape: Callable[[Arch], Arch] = as_it_is
     notes: dict[str, Any] = field(default_factory=dict)

@@ -8,15 +8,29 @@ from typing import Any
 from edgekd.distill import Distill
 from edgekd.draft import Draft
 from edgekd.errors import EdgekdError, RecipeError, unknown
+from edgekd.operators import Operators
 from edgekd.prune import Prune
 from edgekd.quantize import Quantize
 from edgekd.schema import At, Mistake, keys_of, read, show
 from edgekd.search import Search
+from edgekd.supernet import Supernet
+from edgekd.vocabulary import Vocabulary
 
-Stage = Search | Prune | Distill | Quantize
+Stage = Supernet | Search | Prune | Operators | Distill | Vocabulary | Quantize
 
-STAGES: dict[str, type[Stage]] = {"search": Search, "prune": Prune, "distill": Distill, "quantize": Quantize}
+STAGES: dict[str, type[Stage]] = {
+    "supernet": Supernet,
+    "search": Search,
+    "prune": Prune,
+    "operators": Operators,
+    "distill": Distill,
+    "vocabulary": Vocabulary,
+    "quantize": Quantize,
+}
 """The stages in the only order in which they may run."""
+
+SHARED = ("supernet",)
+"""Stages that do not depend on target and budget: a run does them once, for all its targets and rounds."""
 
 NOT_YET = {"sparsify": "sparsify is not available in this version of edgekd: leave the stage out"}
 
@@ -45,7 +59,7 @@ def read_stages(raw: Any, mistakes: list[Mistake]) -> dict[str, Stage]:
         mistakes.append(Mistake(("stages",), f"expected a list of `- name: {{settings}}`, got {show(raw)}"))
         return {}
     stages: dict[str, Stage] = {}
-    names: list[str] = []
+    places: dict[str, int] = {}
     for index, item in enumerate(raw):
         at: At = ("stages", index)
         if not isinstance(item, Mapping) or len(item) != 1:
@@ -53,25 +67,32 @@ def read_stages(raw: Any, mistakes: list[Mistake]) -> dict[str, Stage]:
             mistakes.append(Mistake(at, f"expected one `- name: {{settings}}`, got {show(item)}{hint}"))
             continue
         ((name, settings),) = item.items()
-        if name in names:
+        if name in places:
             mistakes.append(Mistake((*at, name), "this stage is already in the list; a stage runs once"))
             continue
-        names.append(name)
+        places[name] = index
         stage = _stage(name, {} if settings is None else settings, (*at, name), mistakes)
         if stage is not None:
             stages[name] = stage
-    mistakes += _order(names)
+    mistakes += _order(places)
     return stages
 
 
-def _order(names: list[str]) -> Iterator[Mistake]:
-    """What is wrong with the order of the stages, as far as their names are known."""
-    known = [name for name in names if name in STAGES]
+NEEDS_PRUNE = {
+    "supernet": "supernet needs prune, which cuts a sub-network out of it",
+    "search": "search needs prune, which cuts the model to the shape that search chooses",
+}
+
+
+def _order(places: Mapping[str, int]) -> Iterator[Mistake]:
+    """What is wrong with the order of the stages, as far as their names are known; each has its place in the list."""
+    known = [name for name in places if name in STAGES]
     sorted_names = [name for name in STAGES if name in known]
     if known != sorted_names:
         yield Mistake(("stages",), f"expected the order {', '.join(sorted_names)}; got {', '.join(known)}")
-    if "search" in known and "prune" not in known:
-        yield Mistake(("stages",), "search needs prune, which cuts the model to the shape that search chooses")
+    if "prune" not in known:
+        for name in (name for name in known if name in NEEDS_PRUNE):
+            yield Mistake(("stages", places[name]), NEEDS_PRUNE[name], key=name)
 
 
 def _stage(name: str, settings: Any, at: At, mistakes: list[Mistake]) -> Stage | None:

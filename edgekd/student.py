@@ -14,7 +14,7 @@ import torch
 
 from edgekd.arch import Arch
 from edgekd.errors import ModelError
-from edgekd.families import arch_of, family_of
+from edgekd.families import arch_of, compact, family_of
 from edgekd.families.family import Family
 
 SECTION = "edgekd"
@@ -37,6 +37,7 @@ class Student:
     """A transformers model with what edgekd knows of it.
 
     `plan` is the shape that search chose and prune has not cut yet; `quantization` is how export lowers the graph.
+    `ordered`: the heads and neurons of each layer are sorted, so that every prefix is a good sub-network.
     """
 
     model: Any
@@ -44,6 +45,7 @@ class Student:
     processor_dir: Path | None = None
     plan: Arch | None = None
     quantization: dict[str, Any] | None = None
+    ordered: bool = False
 
     @property
     def family(self) -> Family:
@@ -58,11 +60,15 @@ class Student:
     def save(self, folder: Path) -> None:
         """Write `config.json` (with its `edgekd` section), `model.safetensors` and the processor files."""
         folder.mkdir(parents=True, exist_ok=True)
-        section = {"arch": self.arch.to_dict()}
+        section: dict[str, Any] = {"arch": self.arch.to_dict()}
         if self.plan is not None:
             section["plan"] = self.plan.to_dict()
         if self.quantization is not None:
             section["quantization"] = self.quantization
+        if self.ordered:
+            section["ordered"] = True
+        if self.arch.vocabulary:
+            self.model.config.vocab_size = self.arch.vocabulary
         setattr(self.model.config, SECTION, section)
         with quiet_transformers():
             self.model.save_pretrained(folder, safe_serialization=True)
@@ -94,10 +100,16 @@ def load_student(source: str | Path, *, auto_class: str) -> Student:
     model = _build(folder, auto_class, section)
     arch = Arch.from_dict(section["arch"]) if "arch" in section else arch_of(model)
     plan = Arch.from_dict(section["plan"]) if "plan" in section else None
-    if section and arch_of(model, tuple(layer.source for layer in arch.layers)) != arch:
+    real = arch_of(model, tuple(layer.source for layer in arch.layers))
+    if real != replace(arch, channels=arch.channels or real.channels):
         raise ModelError(f"{folder}: the weights do not have the shapes that config.json states ({arch.describe()})")
     return Student(
-        model=model.eval(), arch=arch, processor_dir=folder, plan=plan, quantization=section.get("quantization")
+        model=model.eval(),
+        arch=real,
+        processor_dir=folder,
+        plan=plan,
+        quantization=section.get("quantization"),
+        ordered=bool(section.get("ordered", False)),
     )
 
 
@@ -181,20 +193,42 @@ def _build(folder: Path, auto_class: str, section: dict[str, Any]) -> Any:
 
 
 def _rebuild(folder: Path, auto: Any, arch: Arch) -> Any:
+    """Build the teacher's own shape without values, cut it to the student's, and load the weights."""
     from safetensors.torch import load_file
     from transformers import AutoConfig
+    from transformers.modeling_utils import no_init_weights
 
-    model = auto.from_config(AutoConfig.from_pretrained(folder))
-    family = family_of(model.config.model_type)
-    for layer, shape in zip(family.layers(model), arch.layers, strict=True):
-        if shape.heads != family.heads(layer):
-            family.slice_heads(layer, torch.zeros(shape.heads, dtype=torch.long), arch.head_dim)
-        family.slice_neurons(layer, torch.zeros(shape.neurons, dtype=torch.long))
+    config = AutoConfig.from_pretrained(folder)
+    if arch.vocabulary:
+        config.vocab_size = arch.vocabulary
+    with no_init_weights():
+        model = auto.from_config(config, dtype=torch.float32)
+    _shape(model, arch)
     missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
         raise ModelError(f"{folder}: model.safetensors does not match config.json ({[*unexpected, *missing][:3]} …)")
     return model.float()
+
+
+def _shape(model: Any, arch: Arch) -> None:
+    """Bring a freshly built model to a shape; which channels, heads and neurons are kept does not matter."""
+    family = family_of(model.config.model_type)
+    for layer, shape in zip(family.layers(model), arch.layers, strict=True):
+        if shape.heads != family.heads(layer):
+            family.slice_heads(layer, _any(shape.heads), arch.head_dim)
+        family.slice_neurons(layer, _any(shape.neurons))
+    if family.slice_channels is not None and arch.channels:
+        for index, (width, have) in enumerate(zip(arch.channels, family.channels(model), strict=True)):
+            if width != have:
+                family.slice_channels(model, index, _any(width))
+    elif family.slice_hidden is not None and arch.hidden != family.hidden(model):
+        family.slice_hidden(model, _any(arch.hidden))
+    compact.install(model, family, arch.layers, fresh=True)
+
+
+def _any(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.long)
 
 
 @contextlib.contextmanager

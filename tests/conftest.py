@@ -15,7 +15,7 @@ TEXT_SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 
 IMAGE_SHAPE = {**TEXT_SHAPE, "image_size": 8, "patch_size": 4, "num_channels": 1}
 RESNET = {"num_channels": 1, "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 3]}
 LABELS = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
-TEXT_KINDS = ("bert", "roberta", "electra", "distilbert")
+TEXT_KINDS = ("bert", "roberta", "xlm-roberta", "electra", "electra-wide", "distilbert")
 IMAGE_KINDS = ("vit", "deit", "resnet", "resnet-bottleneck")
 
 
@@ -26,7 +26,9 @@ def _config(kind: str) -> Any:
     makers: dict[str, Callable[[], Any]] = {
         "bert": lambda: t.BertConfig(**text),
         "roberta": lambda: t.RobertaConfig(**{**text, "type_vocab_size": 1}),
+        "xlm-roberta": lambda: t.XLMRobertaConfig(**{**text, "type_vocab_size": 1}),
         "electra": lambda: t.ElectraConfig(**text, embedding_size=16),
+        "electra-wide": lambda: t.ElectraConfig(**text, embedding_size=32),
         "distilbert": lambda: t.DistilBertConfig(
             vocab_size=len(WORDS), max_position_embeddings=40, dim=32, n_layers=3, n_heads=4, hidden_dim=64, **LABELS
         ),

@@ -50,7 +50,11 @@ class Body:
         layers = self.student.arch.layers
         if layers[0].heads:
             return ""
-        return f"{self.image}px " + "-".join(str(layer.neurons) for layer in layers)
+        widths = [layer.neurons for layer in layers]
+        config, channels = self.student.model.config, self.student.arch.channels
+        if channels != (config.embedding_size, *config.hidden_sizes):
+            widths += channels
+        return f"{self.image}px " + "-".join(map(str, widths))
 
     @property
     def importance(self) -> Importance:
@@ -60,6 +64,7 @@ class Body:
             heads=tuple(torch.ones(layer.heads) for layer in layers),
             neurons=tuple(torch.ones(layer.neurons) for layer in layers),
             layers=torch.ones(len(layers)),
+            hidden=torch.ones(self.student.arch.hidden),
         )
 
 

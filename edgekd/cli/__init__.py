@@ -24,9 +24,12 @@ COMMANDS = {
     "report": "Write the report of a finished run again.",
     "targets": "List, show or check target files.",
     "init": "Write a commented recipe to start from.",
+    "supernet": "Stage: train all sub-networks at once.",
     "search": "Stage: choose the shape that fits the budget.",
     "prune": "Stage: cut the model to the chosen shape.",
+    "operators": "Stage: compute the layers in cheaper ways.",
     "distill": "Stage: recover accuracy from the teacher.",
+    "vocabulary": "Stage: leave out words that the task never uses.",
     "quantize": "Stage: post-training int8.",
 }
 

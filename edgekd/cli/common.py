@@ -105,6 +105,24 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
+def parse_section(option: str, text: str) -> dict[str, Any]:
+    """Read the settings of a stage from one option, as they stand in a recipe.
+
+    Raises:
+        RecipeError: it is not a YAML mapping.
+    """
+    from edgekd.errors import RecipeError
+    from edgekd.yaml_lines import parse
+
+    try:
+        value = parse(text).value
+    except ValueError as error:
+        raise RecipeError(f"{option} {text!r}: not valid YAML: {error}") from None
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{option} {text!r}: expected settings such as '{{}}' or '{{key: value}}'")
+    return dict(value)
+
+
 def budget_options(function: Function) -> Function:
     """Add the options of the budget; the command receives what `budget_section` takes."""
     above_zero = click.FloatRange(min=0, min_open=True)

@@ -1,4 +1,4 @@
-"""What the commands of single stages share: `edgekd search|prune|quantize IN --data … --out OUT`."""
+"""What the commands of single stages share: `edgekd search|prune|quantize|… IN --data … --out OUT`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from edgekd.cli.common import (
     data_section,
     finish,
     output_options,
+    parse_section,
     parse_settings,
     start,
 )
@@ -30,6 +31,7 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
         overrides: tuple[str, ...],
         out: Path,
         lowering: str | None,
+        operators: str | None,
         seed: int,
         as_json: bool,
         quiet: bool,
@@ -42,11 +44,13 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
         from edgekd.constraints import budget_of, require
         from edgekd.data import DataSpec
         from edgekd.errors import RecipeError, unknown
+        from edgekd.operators import Operators
         from edgekd.quantize import Quantize
         from edgekd.stages import build_stage
         from edgekd.target import load_target, probe
 
         stage = build_stage(name, parse_settings(overrides))
+        foreseen = None if operators is None else build_stage("operators", parse_section("--operators", operators))
         section = data_section(settings)
         max_length = section.pop("max_length", None)
         device = probe(load_target(target))
@@ -66,6 +70,7 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
             lowering=lowering,
             max_length=max_length,
             seed=seed,
+            operators=foreseen if isinstance(foreseen, Operators) else None,
         )
         result = run_alone(name, stage, asked, out, progress)
         progress.stop()
@@ -84,6 +89,11 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
             click.option(
                 "--lowering",
                 help="Form of the artifact to predict (search only) [default: what the target would ship].",
+            ),
+            click.option(
+                "--operators",
+                metavar="SETTINGS",
+                help="An operators stage to come, as in a recipe, e.g. '{}' (supernet, search and prune only).",
             ),
             data_options,
             click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed."),

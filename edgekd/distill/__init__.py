@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -28,11 +28,14 @@ class Distill:
 
     `losses` maps names to a weight or to `{weight: …, setting: …}`. `layer_map` matches hidden layers `even`ly or by
     the `source` each student layer comes from. `freeze_embeddings` (unset: for text) leaves the word embeddings as
-    they are. `dropout` unset keeps the model's own. `cache` keeps teacher outputs on disk up to `cache_limit_gb`
-    (10^9 bytes), beyond which the teacher runs live. `warmup` is a fraction of all steps. 0 turns off
-    `gradient_clip`, `ema`, `patience` (evaluations without a better score), `evaluate_steps` (then every epoch),
-    `checkpoint_seconds` and `checkpoint_steps`.
+    they are. `dropout` unset keeps the model's own. `copies`: so many noisy copies of each text are
+    answered by the teacher, and every epoch takes each text in another version. `cache` keeps teacher outputs on disk
+    up to `cache_limit_gb` (10^9 bytes), beyond which the teacher runs live. `warmup` is a fraction of all steps. 0
+    turns off `gradient_clip`, `ema`, `patience` (evaluations without a better score), `evaluate_steps` (then every
+    epoch), `checkpoint_seconds` and `checkpoint_steps`.
     """
+
+    buys: ClassVar[tuple[str, ...]] = ("metric",)
 
     epochs: Annotated[int, Ge(1)] = 6
     batch_size: Annotated[int, Ge(1)] = 32
@@ -49,11 +52,13 @@ class Distill:
     evaluate_steps: Annotated[int, Ge(0)] = 0
     freeze_embeddings: bool | None = None
     dropout: Annotated[float, Ge(0), Lt(1)] | None = 0.0
+    copies: Annotated[int, Ge(0)] = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     cache: bool = True
     cache_limit_gb: Annotated[float, Ge(0)] = 4.0
     checkpoint_seconds: Annotated[float, Ge(0)] = 60.0
     checkpoint_steps: Annotated[int, Ge(0)] = 0
+    force: bool = False
 
     def __post_init__(self) -> None:
         """Check all settings.

@@ -68,13 +68,19 @@ class _Inputs:
         wiring = self.objective.wiring
         states = zip(wiring.projectors, wiring.pairs, strict=True)
         student = [projector(self.ours.hidden[s].float()) for projector, (s, _) in states]
-        return student, [self.theirs.hidden[t] for _, t in wiring.pairs]
+        return student, [self._same_tokens(s, t) for s, t in wiring.pairs]
 
     def embedding(self) -> tuple[Tensor, Tensor]:
         student, teacher = self.objective.wiring.last or (-1, -1)
-        rows = self.ours.hidden[student], self.theirs.hidden[teacher]
-        first, second = (mean_tokens(part, token_counts(self.batch, len(part))) for part in rows)
+        rows = self.ours.hidden[student], self._same_tokens(student, teacher)
+        kept = self.ours.kept.get(student)
+        first, second = (mean_tokens(p, kept.counts if kept else token_counts(self.batch, len(p))) for p in rows)
         return first, second
+
+    def _same_tokens(self, student: int, teacher: int) -> Tensor:
+        """The teacher's state at the tokens that the student's has."""
+        states, kept = self.theirs.hidden[teacher], self.ours.kept.get(student)
+        return states if kept is None else states[kept.rows]
 
 
 PAIRS: dict[str, Callable[[_Inputs], tuple[Any, Any]]] = {

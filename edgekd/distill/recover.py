@@ -18,6 +18,7 @@ from edgekd.distill.adjust import dropout, frozen
 from edgekd.distill.cache import cache_bytes, cached
 from edgekd.distill.job import Batch, Job, Training, describe
 from edgekd.distill.loop import train
+from edgekd.distill.noise import with_noise
 from edgekd.distill.objective import Objective
 from edgekd.distill.precision import choose_precision
 from edgekd.distill.processes import Processes, this_process
@@ -25,6 +26,7 @@ from edgekd.distill.signals import observe
 from edgekd.distill.teachers import Source, fingerprint, live, predict
 from edgekd.distill.terms import Term, parse_terms
 from edgekd.distill.wiring import Wiring, wire
+from edgekd.errors import RecipeError
 from edgekd.files import sha256_json
 from edgekd.tasks import batches
 
@@ -40,32 +42,58 @@ def recover(settings: Distill, student: Student, ctx: Context) -> Student:
     processes = this_process()
     ctx = ctx if processes.main else replace(ctx, progress=Silent())
     torch.manual_seed(ctx.seed)
+    ctx, copies = with_copies(settings, ctx)
     student = replace(student, model=copy.deepcopy(student.model).to(processes.device))
     teacher = ctx.teacher.model.to(processes.device).eval()
     terms = parse_terms(settings.losses)
-    wiring = wire(student, ctx.teacher, terms, batch=_one_batch(ctx.train, processes), layer_map=settings.layer_map)
-    labels = _labels(ctx.train)
+    wiring = wire(student, ctx.teacher, terms, batch=first_batch(ctx.train, processes), layer_map=settings.layer_map)
+    labels = known_labels(ctx.train)
     with ExitStack() as changes:
         changes.enter_context(dropout(student.model, settings.dropout))
-        if _freezes(settings, ctx):
+        if freezes_embeddings(settings, ctx):
             changes.enter_context(frozen([student.family.embeddings(student.model)]))
-        source = _source(settings, ctx, terms, wiring, labels, processes)
+        source = teacher_source(settings, ctx, terms, wiring, labels, processes)
         objective = Objective(model=student.model, terms=terms, wiring=wiring, teacher=source, labels=labels)
         job = Job(
             modules=nn.ModuleDict({"student": student.model, "projectors": wiring.projectors.to(processes.device)}),
-            plan=lambda epoch: batches(ctx.train, settings.batch_size, seed=ctx.seed, epoch=epoch, shuffle=True),
+            plan=lambda epoch: turns(ctx.train, copies, settings.batch_size, seed=ctx.seed, epoch=epoch),
             collate=lambda indices: without_labels(ctx.train.collate(indices)),
             loss=objective,
             evaluate=evaluator(
                 student.model, ctx, choose_precision(settings.precision, processes.device, student.model)
             ),
-            fingerprint=_fingerprint(settings, ctx, teacher),
+            fingerprint=job_fingerprint(settings, ctx, teacher),
         )
         outcome = train(job, loop_settings(settings), seed=ctx.seed, work=ctx.work, progress=ctx.progress)
     ctx.notes["training"] = describe(outcome)
     ctx.progress.say(f"distilled: {ctx.task.metric} {outcome.metric:.4f} on validation, after {outcome.steps} steps")
     teacher.cpu()
     return replace(student, model=student.model.cpu().eval())
+
+
+def with_copies(settings: Any, ctx: Context) -> tuple[Context, int]:
+    """The context with noisy copies of the training texts after these, and how many of each text there are.
+
+    Raises:
+        RecipeError: copies are asked for, and the task's examples are no texts.
+    """
+    if settings.copies and ctx.task.kind != "text":
+        raise RecipeError(f"copies is {settings.copies}, and only texts are copied with noise; leave it out for images")
+    copies = min(settings.copies, settings.epochs - 1)
+    if not copies:
+        return ctx, 0
+    data: Any = ctx.train
+    return replace(ctx, train=with_noise(data, copies, ctx.processor.hf.all_special_ids, seed=ctx.seed)), copies
+
+
+def turns(data: Encoded, copies: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
+    """The batches of an epoch: every example once, in the version whose turn it is."""
+    if not copies:
+        return list(batches(data, batch_size, seed=seed, epoch=epoch, shuffle=True))
+    count = len(data) // (copies + 1)
+    rows = (np.arange(count) + epoch) % (copies + 1) * count + np.arange(count)
+    cut = batches(data.take(rows), batch_size, seed=seed, epoch=epoch, shuffle=True)
+    return [rows[indices] for indices in cut]
 
 
 def loop_settings(settings: Any) -> Training:
@@ -76,7 +104,7 @@ def loop_settings(settings: Any) -> Training:
 
 def evaluator(model: nn.Module, ctx: Context, precision: str) -> Callable[[], float]:
     """A function that scores the present weights on validation; the teacher stands in for missing labels."""
-    truth = _labels(ctx.validation).numpy()
+    truth = known_labels(ctx.validation).numpy()
     if (truth < 0).any():
         truth = np.where(truth < 0, predict(ctx.teacher.model, ctx.validation).argmax(-1), truth)
     return lambda: ctx.task.score(predict(model, ctx.validation, precision=precision), truth)
@@ -87,28 +115,31 @@ def without_labels(batch: Batch) -> Batch:
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
-def _labels(data: Encoded) -> Tensor:
+def known_labels(data: Encoded) -> Tensor:
     """Labels int64 `[N]`, -1 where there are none."""
     return torch.full((len(data),), -1) if data.labels is None else torch.from_numpy(np.asarray(data.labels, np.int64))
 
 
-def _one_batch(data: Encoded, processes: Processes) -> Batch:
+def first_batch(data: Encoded, processes: Processes) -> Batch:
+    """The first two samples, on the process's device: enough to see shapes."""
     batch = without_labels(data.collate(np.arange(min(2, len(data)))))
     return {name: tensor.to(processes.device) for name, tensor in batch.items()}
 
 
-def _freezes(settings: Distill, ctx: Context) -> bool:
+def freezes_embeddings(settings: Any, ctx: Context) -> bool:
+    """Whether a stage leaves the embeddings as they are; unset, it does for text."""
     return ctx.task.kind == "text" if settings.freeze_embeddings is None else settings.freeze_embeddings
 
 
-def _source(
-    settings: Distill, ctx: Context, terms: Sequence[Term], wiring: Wiring, labels: Tensor, processes: Processes
+def teacher_source(
+    settings: Any, ctx: Context, terms: Sequence[Term], wiring: Wiring, labels: Tensor, processes: Processes
 ) -> Source | None:
     """Where teacher signals come from: nowhere if no loss needs them, the cache if they fit, else the live teacher."""
     if all(term.loss.needs == ("labels",) for term in terms) and bool((labels >= 0).all()):
         return None
     teacher, hidden = ctx.teacher.model, wiring.teacher_layers
-    running = live(teacher, hidden=hidden, qkv=wiring.teacher_qkv)
+    precision = choose_precision(settings.precision, processes.device, teacher)
+    running = live(teacher, hidden=hidden, qkv=wiring.teacher_qkv, precision=precision)
     if not settings.cache or wiring.teacher_qkv:
         return running
     size = _cache_bytes(ctx, hidden, processes)
@@ -125,7 +156,7 @@ def _source(
 
 def _cache_bytes(ctx: Context, hidden: Sequence[int], processes: Processes) -> int:
     """What the cache would take, reckoned from two samples."""
-    batch = _one_batch(ctx.train, processes)
+    batch = first_batch(ctx.train, processes)
     with torch.no_grad():
         signals = observe(ctx.teacher.model, batch, hidden=hidden)
     rows = [(len(states), states.shape[1]) for states in signals.hidden.values()]
@@ -144,8 +175,8 @@ def _existing(path: Any) -> Any:
     return path
 
 
-def _fingerprint(settings: Distill, ctx: Context, teacher: nn.Module) -> str:
+def job_fingerprint(settings: Any, ctx: Context, teacher: nn.Module) -> str:
     """All that the trained weights depend on besides the student, the loop's settings and the seed."""
     kept = {name: value for name, value in asdict(settings).items() if not name.startswith(("cache", "checkpoint"))}
-    data = [[part.fingerprint, _labels(part).tolist()] for part in (ctx.train, ctx.validation)]
+    data = [[part.fingerprint, known_labels(part).tolist()] for part in (ctx.train, ctx.validation)]
     return sha256_json([kept, fingerprint(teacher), data])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from edgekd.errors import RecipeError, unknown
 from edgekd.export.half import to_half
 from edgekd.export.onnx import quiet_export, save_checked
+from edgekd.export.packed import pack_projections
 from edgekd.export.qdq import full_qdq, multiplied_qdq
 from edgekd.export.static import declare_domains, fix_shapes
 from edgekd.target_fields import RUNTIMES
@@ -97,6 +99,8 @@ def _transform(graph: Any, lowering: str, ranges: Ranges, model_type: str, symme
         return full_qdq(graph, ranges, scratch, activation_bits=16 if lowering == "int16_qdq" else 8)
     if lowering.endswith("_fused"):
         graph = fuse(graph, model_type)
+    if lowering == "fp32_fused":
+        pack_projections(graph)
     if lowering.startswith("int8_dynamic"):
         graph = _dynamic(graph, scratch)
     elif lowering == "int8_static":
@@ -111,7 +115,8 @@ def fuse(graph: Any, model_type: str) -> Any:
     """Attention, Gelu and LayerNormalization as single operators, by onnxruntime's transformer optimizer.
 
     Skip-layer-norm fusion is left out: its CPU kernel is slower than the two operators it replaces. The attention
-    mask stays a raw mask, so that left padding and holes keep working.
+    mask stays a raw mask, so that left padding and holes keep working. Attention whose probabilities are read by
+    something else too (the next layer, or the choice of tokens) stays as it is.
     """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.onnx_model_bert import BertOnnxModel
@@ -123,10 +128,40 @@ def fuse(graph: Any, model_type: str) -> Any:
     options.enable_bias_skip_layer_norm = False
     options.enable_embed_layer_norm = False
     options.use_raw_attention_mask(True)
-    fused: BertOnnxModel = optimize_by_fusion(
-        copy.deepcopy(graph), kind, num_heads=0, hidden_size=0, optimization_options=options
-    )
+    graph = copy.deepcopy(graph)
+    _mark_shared(graph)
+    fused: BertOnnxModel = optimize_by_fusion(graph, kind, num_heads=0, hidden_size=0, optimization_options=options)
+    _unmark_shared(fused.model)
     return declare_domains(fused.model)
+
+
+_MARK = "edgekd/shared"
+
+
+def _mark_shared(graph: Any) -> None:
+    """Put an idle Sum after every Softmax with several readers: the fusion would take the Softmax from the others."""
+    from onnx import helper
+
+    readers = Counter(name for node in graph.graph.node for name in node.input)
+    nodes = []
+    for node in graph.graph.node:
+        nodes.append(node)
+        if node.op_type == "Softmax" and readers[node.output[0]] > 1:
+            name = node.output[0]
+            node.output[0] = f"{name}_{_MARK}"
+            nodes.append(helper.make_node("Sum", [node.output[0]], [name], name=f"{_MARK}/{name}"))
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+
+
+def _unmark_shared(graph: Any) -> None:
+    marks = {node.input[0]: node.output[0] for node in graph.graph.node if node.name.startswith(_MARK)}
+    nodes = [node for node in graph.graph.node if not node.name.startswith(_MARK)]
+    for node in nodes:
+        if node.output and node.output[0] in marks:
+            node.output[0] = marks[node.output[0]]
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
 
 
 def keep_residuals_apart(graph: Any) -> int:

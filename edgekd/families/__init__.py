@@ -6,6 +6,7 @@ from typing import Any
 
 from edgekd.arch import Arch, Layer
 from edgekd.errors import ModelError
+from edgekd.families import compact
 from edgekd.families.bert import BERT
 from edgekd.families.distilbert import DISTILBERT
 from edgekd.families.family import Family
@@ -40,9 +41,15 @@ def arch_of(model: Any, sources: tuple[int, ...] | None = None) -> Arch:
         family=family.name,
         hidden=family.hidden(model),
         head_dim=family.head_dim(model),
-        vocabulary=int(getattr(model.config, "vocab_size", 0) or 0),
+        vocabulary=_words(family.embeddings(model)),
         layers=tuple(
-            Layer(source=source, heads=family.heads(layer), neurons=family.neurons(layer))
+            Layer(source=source, heads=family.heads(layer), neurons=family.neurons(layer), **compact.read(layer))
             for source, layer in zip(sources, layers, strict=True)
         ),
+        channels=family.channels(model),
     )
+
+
+def _words(embeddings: Any) -> int:
+    """Rows of a word table; 0 for what looks at pixels."""
+    return int(getattr(embeddings, "num_embeddings", 0))

@@ -12,5 +12,14 @@ BERT = encoder(
         attention_output="attention.output.dense",
         up="intermediate.dense",
         down="output.dense",
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        stream=(
+            "embeddings.word_embeddings",
+            "embeddings.position_embeddings",
+            "embeddings.token_type_embeddings",
+            "embeddings.LayerNorm",
+        ),
+        entrance="embeddings_project",
+        reads_first=tuple(f"{name}ForSequenceClassification" for name in ("Bert", "Roberta", "XLMRoberta", "Electra")),
     ),
 )

@@ -12,9 +12,11 @@ DISTILBERT = encoder(
         attention_output="attention.out_lin",
         up="ffn.lin1",
         down="ffn.lin2",
+        norms=("sa_layer_norm", "output_layer_norm"),
+        stream=("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.LayerNorm"),
+        reads_first=("DistilBertForSequenceClassification",),
         heads="n_heads",
         width="dim",
-        hidden="dim",
         depth="n_layers",
     ),
 )

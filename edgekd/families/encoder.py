@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgekd.families import width
 from edgekd.families.family import Family
-from edgekd.families.linear import columns, rows, spread
+from edgekd.families.linear import columns, has, matrix, put, rows, spread
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Dotted paths: `layers` and `patches` from the base model, the rest from one layer.
+    """Dotted paths: `layers`, `patches` and `stream` from the base model, the rest from one layer.
 
-    `heads` and `width` are the attributes of `attention` that hold the number of heads and their total width.
+    `stream` holds the modules and parameters outside of the layers that write the residual stream or keep its shape;
+    where there is an `entrance`, that projection alone writes it. `norms` are a layer's two. `heads` and `width` are
+    the attributes of `attention` that hold the number of heads and their total width. `reads_first` are the classes
+    whose head looks at the first token alone.
     """
 
     layers: str
@@ -25,9 +29,12 @@ class Places:
     attention_output: str
     up: str
     down: str
+    norms: tuple[str, str]
+    stream: tuple[str, ...]
+    entrance: str = ""
+    reads_first: tuple[str, ...] = ()
     heads: str = "num_attention_heads"
     width: str = "all_head_size"
-    hidden: str = "hidden_size"
     depth: str = "num_hidden_layers"
     patches: str | None = None
 
@@ -40,7 +47,7 @@ def encoder(name: str, model_types: tuple[str, ...], places: Places) -> Family:
 
     def set_layers(model: Any, keep: list[int]) -> None:
         kept = nn.ModuleList([layers(model)[i] for i in keep])
-        _replace(model.base_model, places.layers, kept)
+        put(model.base_model, places.layers, kept)
         setattr(model.config, places.depth, len(keep))
 
     def heads(layer: nn.Module) -> int:
@@ -53,15 +60,16 @@ def encoder(name: str, model_types: tuple[str, ...], places: Places) -> Family:
     def slice_heads(layer: nn.Module, keep: torch.Tensor, head_dim: int) -> None:
         features = spread(keep, head_dim)
         for path in qkv_paths:
-            _replace(layer, path, rows(_linear(layer, path), features))
-        _replace(layer, places.attention_output, columns(_linear(layer, places.attention_output), features))
+            if has(layer, path):
+                put(layer, path, rows(matrix(layer, path), features))
+        put(layer, places.attention_output, columns(matrix(layer, places.attention_output), features))
         attention: Any = layer.get_submodule(places.attention)
         setattr(attention, places.heads, len(keep))
         setattr(attention, places.width, len(features))
 
     def slice_neurons(layer: nn.Module, keep: torch.Tensor) -> None:
-        _replace(layer, places.up, rows(_linear(layer, places.up), keep))
-        _replace(layer, places.down, columns(_linear(layer, places.down), keep))
+        put(layer, places.up, rows(matrix(layer, places.up), keep))
+        put(layer, places.down, columns(matrix(layer, places.down), keep))
 
     def qkv(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
         query, key, value = (layer.get_submodule(path) for path in qkv_paths)
@@ -81,25 +89,17 @@ def encoder(name: str, model_types: tuple[str, ...], places: Places) -> Family:
         set_layers=set_layers,
         droppable=lambda model, index: True,
         heads=heads,
-        neurons=lambda layer: _linear(layer, places.up).out_features,
+        neurons=lambda layer: matrix(layer, places.up).out_features,
         slice_heads=slice_heads,
         slice_neurons=slice_neurons,
         head_input=lambda layer: layer.get_submodule(places.attention_output),
         neuron_input=lambda layer: layer.get_submodule(places.down),
         qkv=qkv,
         embeddings=embeddings,
-        hidden=lambda model: int(getattr(model.config, places.hidden)),
+        hidden=lambda model: width.hidden(model, places),
+        slice_hidden=lambda model, keep: width.slice_hidden(model, places, keep),
+        norms=lambda layer: list(places.norms),
+        reads_first=lambda model: type(model).__name__ in places.reads_first,
         head_dim=head_dim,
+        places=places,
     )
-
-
-def _linear(layer: nn.Module, path: str) -> nn.Linear:
-    module = layer.get_submodule(path)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{path} is a {type(module).__name__}, not a Linear")
-    return module
-
-
-def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)

@@ -1,20 +1,83 @@
-"""Slicing of linear, convolution and batch-norm modules: the one place where weights are cut."""
+"""Slicing of linear, embedding, convolution and norm modules: the one place where weights are cut."""
 
 from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 
-def rows(layer: nn.Linear, keep: torch.Tensor) -> nn.Linear:
+@runtime_checkable
+class Sliceable(Protocol):
+    """A module that stands for a linear layer and slices itself, for instance a product of two matrices."""
+
+    in_features: int
+    out_features: int
+
+    def rows(self, keep: torch.Tensor) -> nn.Module:
+        """The module with output features `keep [n]` alone."""
+
+    def columns(self, keep: torch.Tensor) -> nn.Module:
+        """The module with input features `keep [n]` alone."""
+
+
+def matrix(root: nn.Module, path: str) -> nn.Linear | Sliceable:
+    """The linear layer, or what stands for one, at a dotted path.
+
+    Raises:
+        TypeError: there is a module of another kind.
+    """
+    module = root.get_submodule(path)
+    if not isinstance(module, (nn.Linear, Sliceable)):
+        raise TypeError(f"{path} is a {type(module).__name__}, not a Linear")
+    return module
+
+
+def has(root: nn.Module, path: str) -> bool:
+    """Whether there is a module or a parameter at a dotted path."""
+    part: object = root
+    for name in path.split("."):
+        part = getattr(part, name, None)
+    return part is not None
+
+
+def put(root: nn.Module, path: str, module: nn.Module | nn.Parameter) -> None:
+    """Put a module or a parameter at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, module)
+
+
+def rows(layer: nn.Linear | Sliceable, keep: torch.Tensor) -> nn.Module:
     """Keep output features `keep [n]` of a linear layer: weight `[out, in]` -> `[n, in]`."""
+    if not isinstance(layer, nn.Linear):
+        return layer.rows(keep)
     bias = None if layer.bias is None else layer.bias.data[keep]
     return _linear(layer.weight.data[keep], bias)
 
 
-def columns(layer: nn.Linear, keep: torch.Tensor) -> nn.Linear:
+def columns(layer: nn.Linear | Sliceable, keep: torch.Tensor) -> nn.Module:
     """Keep input features `keep [n]` of a linear layer: weight `[out, in]` -> `[out, n]`; the bias stays."""
+    if not isinstance(layer, nn.Linear):
+        return layer.columns(keep)
     return _linear(layer.weight.data[:, keep], None if layer.bias is None else layer.bias.data)
+
+
+def embedding(table: nn.Embedding, keep: torch.Tensor) -> nn.Embedding:
+    """Keep features `keep [n]` of a table: `[rows, features]` -> `[rows, n]`."""
+    weight = table.weight.data[:, keep]
+    return nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=table.padding_idx, _weight=weight)
+
+
+def layer_norm(layer: nn.LayerNorm, keep: torch.Tensor) -> nn.LayerNorm:
+    """Keep channels `keep [n]` of a layer normalization, which then takes its statistics over these alone."""
+    affine, biased = layer.elementwise_affine, layer.bias is not None
+    cut = nn.LayerNorm(len(keep), eps=layer.eps, elementwise_affine=affine, bias=biased)
+    if affine:
+        cut.weight = nn.Parameter(layer.weight.data[keep])
+    if biased:
+        cut.bias = nn.Parameter(layer.bias.data[keep])
+    return cut
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
@@ -48,7 +111,7 @@ def batch_norm(layer: nn.BatchNorm2d, keep: torch.Tensor) -> nn.BatchNorm2d:
     """Keep channels `keep [n]` of a batch normalization, running statistics included."""
     cut = nn.BatchNorm2d(len(keep), eps=layer.eps, momentum=layer.momentum)
     cut.load_state_dict({name: value[keep] if value.dim() else value for name, value in layer.state_dict().items()})
-    return cut
+    return cut.train(layer.training)
 
 
 def spread(heads: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""ResNet: the inner channels of each residual block, and the blocks that keep their input's shape."""
+"""ResNet: the inner channels of each residual block, the blocks that keep their input's shape, the widths of stages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgekd.families import groups
 from edgekd.families.family import Family
 from edgekd.families.linear import batch_norm, convolution
+
+SIDE = 32
+"""Pixels of the square image with which channels are followed through the net."""
 
 
 def _stages(model: Any) -> list[Any]:
@@ -63,8 +67,29 @@ def _no_heads(layer: nn.Module, keep: torch.Tensor, head_dim: int) -> None:
         raise ValueError("a convolutional layer has no attention heads")
 
 
-def _hidden(model: Any) -> int:
-    return int(model.config.hidden_sizes[-1])
+def _roots(model: Any) -> list[nn.Conv2d]:
+    """The convolution that ends the embedder, and the one that ends each stage."""
+    return [
+        model.base_model.embedder.embedder.convolution,
+        *(stage.layers[-1].layer[-1].convolution for stage in _stages(model)),
+    ]
+
+
+def _channels(model: Any) -> tuple[int, ...]:
+    return tuple(root.out_channels for root in _roots(model))
+
+
+def _members(model: Any, index: int) -> list[groups.Member]:
+    pixels = torch.zeros(2, model.config.num_channels, SIDE, SIDE)
+    return groups.members(model, _roots(model)[index], {"pixel_values": pixels})
+
+
+def _slice_channels(model: Any, index: int, keep: torch.Tensor) -> None:
+    groups.keep_channels(model, _members(model, index), keep)
+
+
+def _channel_sources(model: Any, index: int) -> list[nn.Conv2d]:
+    return groups.sources(model, _members(model, index))
 
 
 RESNET = Family(
@@ -81,6 +106,9 @@ RESNET = Family(
     neuron_input=_neuron_input,
     qkv=None,
     embeddings=_embeddings,
-    hidden=_hidden,
+    hidden=lambda model: _channels(model)[-1],
+    channels=_channels,
+    slice_channels=_slice_channels,
+    channel_sources=_channel_sources,
     head_dim=lambda model: 0,
 )

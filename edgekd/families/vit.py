@@ -12,6 +12,16 @@ VIT = encoder(
         attention_output="attention.output.dense",
         up="intermediate.dense",
         down="output.dense",
+        norms=("layernorm_before", "layernorm_after"),
+        stream=(
+            "embeddings.patch_embeddings.projection",
+            "embeddings.cls_token",
+            "embeddings.distillation_token",
+            "embeddings.mask_token",
+            "embeddings.position_embeddings",
+            "layernorm",
+        ),
+        reads_first=("ViTForImageClassification", "DeiTForImageClassification"),
         patches="embeddings.patch_embeddings",
     ),
 )

@@ -17,8 +17,9 @@ from edgekd.files import sha256_json, write_text
 from edgekd.latency.verdict import FAIL, PASS, Verdict
 from edgekd.pipeline.baseline import Baseline, baseline
 from edgekd.pipeline.finish import Judged, exit_code, final_artifact, judged, write_bundle
+from edgekd.pipeline.keys import FORMAT
 from edgekd.pipeline.setup import Setup, fitted, prepare
-from edgekd.pipeline.stages import FORMAT, Track, travel
+from edgekd.pipeline.stages import Track, travel
 from edgekd.recipe import Recipe
 from edgekd.report.html import write_report
 from edgekd.store import RunFolder, publish
@@ -118,18 +119,20 @@ def _one_target(
     run: RunFolder, recipe: Recipe, setup: Setup, base: Baseline, target: Target, progress: Progress
 ) -> _Outcome:
     suffix = f"-{target.name}" if len(recipe.targets) > 1 else ""
-    setup = fitted(setup, target, recipe.budget)
-    strictness, rounds = 1.0, []
+    whole, setup = setup, fitted(setup, target, recipe.budget)
+    strictness, rounds, known = 1.0, [], dict[str, Any]()
     for number in range(1, recipe.max_rounds + 1):
         track = Track(
             run=run,
             setup=setup,
+            whole=whole,
             target=target,
             budget=recipe.budget,
             seed=recipe.seed,
             teacher_graph=base.graph,
             suffix=suffix if number == 1 else f"{suffix}-round{number}",
             progress=progress,
+            known=known,
         )
         try:
             travelled = travel(track, recipe.stages, strictness=strictness)
@@ -138,7 +141,7 @@ def _one_target(
         progress.say("export and measure the artifact")
         work = run.begin(run.stage(len(recipe.stages) + 1, "bundle" + track.suffix, travelled.key))
         artifact = final_artifact(travelled.student, setup, target, recipe.budget, work)
-        judgement = judged(artifact, setup, base, target, recipe.budget, work)
+        judgement = judged(artifact, travelled.student, setup, base, target, recipe.budget, work)
         verdict = judgement.verdict
         progress.say(f"{target.name}: {verdict.status}: {verdict.reason}")
         rounds.append({"round": number, "strictness": strictness, **verdict.to_dict()})

@@ -22,9 +22,9 @@ from edgekd.latency.bench import Settings
 from edgekd.latency.estimate import described
 from edgekd.latency.stats import Measurement
 from edgekd.latency.verdict import FAIL, INCONCLUSIVE, Verdict
-from edgekd.pipeline.artifact import Artifact, Place, build, float_forms, timed, write
+from edgekd.pipeline.artifact import Artifact, Place, build, timed, write
 from edgekd.pipeline.baseline import Baseline, quality
-from edgekd.pipeline.gauge import Gauged, Teacher, gauge, how_known
+from edgekd.pipeline.gauge import Gauged, Teacher, gauge, shipping_forms
 from edgekd.pipeline.setup import Setup
 from edgekd.report.card import model_card
 from edgekd.student import Student
@@ -32,6 +32,8 @@ from edgekd.target import Target
 
 LOOK = Settings(blocks=120, max_seconds=60)
 """The first look at the artifact's latency; further ones double the number of samples."""
+CHOICE = Settings(blocks=60)
+"""How long the float forms of a student are measured to choose between them."""
 DEVICE = "device"
 """Folder of a bundle with what a vendor's compiler made for the device."""
 PACKAGES = ("torch", "transformers", "optimum", "onnx", "onnxruntime", "numpy")
@@ -59,20 +61,24 @@ def final_artifact(student: Student, setup: Setup, target: Target, budget: Budge
     A float student takes the form that is measured to be fastest, or the target's first where none can be measured;
     a target without a float form takes its first with ranges calibrated here.
     """
-    place = Place(target=target, budget=budget, calibration=setup.train)
-    if student.quantization is not None:
-        return build(student, setup.task, setup.validation, folder, place=place)
-    forms = float_forms(target)
-    if how_known(target) or len(forms) < 2:
-        preferred = [form for form in target.forms if form in forms] or target.forms
-        return build(student, setup.task, setup.validation, folder, lowering=preferred[0], place=place)
-    built = [build(student, setup.task, setup.validation, folder / form, lowering=form, place=place) for form in forms]
-    samples = timed([form.file for form in built], target, budget, Settings(blocks=60))
+    own = setup.for_student(student)
+    place = Place(target=target, budget=budget, calibration=own.train)
+    forms = shipping_forms(student, target)
+    if len(forms) == 1:
+        return build(student, own.task, own.validation, folder, lowering=forms[0], place=place)
+    built = [build(student, own.task, own.validation, folder / form, lowering=form, place=place) for form in forms]
+    samples = timed([form.file for form in built], target, budget, CHOICE)
     return built[int(np.argmin([np.median(sample.ms) for sample in samples]))]
 
 
-def judged(artifact: Artifact, setup: Setup, base: Baseline, target: Target, budget: Budget, folder: Path) -> Judged:
-    """Gauge the artifact beside the teacher, and score it; what a vendor's compiler makes goes into `folder`."""
+def judged(
+    artifact: Artifact, student: Student, setup: Setup, base: Baseline, target: Target, budget: Budget, folder: Path
+) -> Judged:
+    """Gauge a student's artifact beside the teacher, and score it; what a vendor's compiler makes goes into `folder`.
+
+    The student reads the texts with its own tokenizer, the teacher with the teacher's.
+    """
+    own = setup.for_student(student)
 
     def in_form() -> Path:
         place = Place(target=target, budget=budget, calibration=setup.train)
@@ -86,7 +92,7 @@ def judged(artifact: Artifact, setup: Setup, base: Baseline, target: Target, bud
     teacher = Teacher(graph=base.graph, in_form=in_form)
     gauged = gauge(artifact, target, budget, folder / "device", teacher=teacher, look=LOOK)
     verdict = with_size(gauged.verdict, artifact.file.stat().st_size, budget)
-    scored = quality(setup, artifact.file)
+    scored = quality(own, artifact.file)
     scored["retained"] = scored["value"] / base.reported if base.reported else None
     return Judged(
         artifact=artifact,

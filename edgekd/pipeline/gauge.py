@@ -15,7 +15,8 @@ from edgekd.latency.bench import Settings
 from edgekd.latency.estimate import estimate
 from edgekd.latency.stats import Measurement, Samples, join, summarize
 from edgekd.latency.verdict import Verdict, decide, judge
-from edgekd.pipeline.artifact import Artifact, timed
+from edgekd.pipeline.artifact import Artifact, float_forms, timed
+from edgekd.student import Student
 from edgekd.target import Target
 
 SAME_FORM = "the teacher was compiled in the same form ({form}): both latencies are estimates of one compiler"
@@ -56,15 +57,17 @@ def gauge(
     return _measured(artifact, target, budget, teacher, look)
 
 
-def how_known(target: Target) -> str:
-    """Why a target's latency is not measured here, or an empty string if it is."""
-    if reason := unavailable(target):
-        return reason
-    return (
-        "the latency of this target is its vendor's estimate, made for the artifact only"
-        if is_estimated(target)
-        else ""
-    )
+def shipping_forms(student: Student, target: Target) -> tuple[str, ...]:
+    """The forms in which a student may ship, of which the fastest does; one where none can be measured.
+
+    A quantized student has its own. Another takes a float form of the target, or the target's first if it has none.
+    """
+    if student.quantization is not None:
+        return (str(student.quantization["lowering"]),)
+    forms = float_forms(target)
+    if len(forms) < 2 or unavailable(target) or is_estimated(target):
+        return tuple([form for form in target.forms if form in forms] or target.forms)[:1]
+    return forms
 
 
 def _unknown(target: Target, budget: Budget, reason: str) -> Gauged:

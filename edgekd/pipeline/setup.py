@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from edgekd.context import Budget, Progress
 from edgekd.data import DataSpec, Examples, load_splits
 from edgekd.errors import DataError, RecipeError
 from edgekd.export.parity import torch_logits
-from edgekd.files import sha256_folder
-from edgekd.student import Student, load_student, local_folder, read_config
+from edgekd.files import sha256_file, sha256_folder, sha256_json
+from edgekd.student import PROCESSOR_FILES, Student, load_student, local_folder, read_config
 from edgekd.target import Target
 from edgekd.tasks import Encoded, Processor, Task, get_task, infer_task
 
@@ -25,7 +25,8 @@ class Setup:
     """Everything that does not depend on target or stage.
 
     `key` is a hash over the teacher's files and the data, the root of all stage keys. `metric` is the task's metric,
-    or `agreement` (with the teacher) where the data has no labels to report on. `raw` are the splits before encoding.
+    or `agreement` (with the teacher) where the data has no labels to report on. `raw` are the splits before encoding,
+    `max_length` the most tokens an example was encoded to (None: all the model takes).
     """
 
     teacher: Student
@@ -38,6 +39,31 @@ class Setup:
     notes: tuple[str, ...]
     key: Mapping[str, str]
     raw: Mapping[str, Examples]
+    max_length: int | None = None
+    _encoded: dict[str, Setup] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def for_student(self, student: Student) -> Setup:
+        """The same setup as this student reads it: with its own tokenizer, where that is not the teacher's.
+
+        Labels stay, also those that the teacher gave. Each tokenizer encodes the texts once.
+
+        Raises:
+            ModelError: the tokenizer cannot be used.
+        """
+        if same_tokenizer(self.teacher, student) or self.task.kind != "text" or student.processor_dir is None:
+            return self
+        name = tokenizer_hash(student.processor_dir)
+        if name not in self._encoded:
+            self._encoded[name] = self._read_by(self.task.load_processor(student.processor_dir))
+        return self._encoded[name]
+
+    def _read_by(self, processor: Processor) -> Setup:
+        parts: dict[str, Any] = {}
+        for name, examples in self.raw.items():
+            if (own := getattr(self, name)) is not None:
+                texts = self.task.encode(processor, examples, self.max_length)
+                parts[name] = dataclasses.replace(texts, labels=own.labels)  # type: ignore[type-var]
+        return dataclasses.replace(self, processor=processor, **parts)
 
     @property
     def reported(self) -> tuple[str, Encoded]:
@@ -88,6 +114,7 @@ def prepare(
             "train": splits.train, "validation": splits.validation,
             **({"test": splits.test} if splits.test is not None else {}),
         },
+        max_length=max_length,
     )  # fmt: skip
 
 
@@ -108,7 +135,20 @@ def fitted(setup: Setup, target: Target, budget: Budget) -> Setup:
         if whole is not None and len(whole) and int(whole.lengths.max()) > length:
             cut = setup.task.encode(setup.processor, examples, length)
             parts[name] = dataclasses.replace(cut, labels=whole.labels)  # type: ignore[type-var]
-    return dataclasses.replace(setup, **parts, key={**setup.key, "max_length": str(length)}) if parts else setup
+    key = {**setup.key, "max_length": str(length)} if parts else setup.key
+    return dataclasses.replace(setup, **parts, key=key, max_length=min(setup.max_length or length, length))
+
+
+def same_tokenizer(one: Student, other: Student) -> bool:
+    """Whether two students read texts in the same tokens; a student without tokenizer files is taken to."""
+    if one.processor_dir is None or other.processor_dir is None or one.processor_dir == other.processor_dir:
+        return True
+    return tokenizer_hash(one.processor_dir) == tokenizer_hash(other.processor_dir)
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 over the tokenizer files of a model folder."""
+    return sha256_json({name: sha256_file(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()})
 
 
 def check_length(processor: Processor, target: Target, budget: Budget) -> int:

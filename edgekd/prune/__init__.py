@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from edgekd.errors import RecipeError, unknown
 
@@ -11,34 +11,45 @@ if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.student import Student
 
-CRITERIA = ("activation", "activation_weight")
+CRITERIA = ("magnitude", "activation", "activation_weight", "fisher", "obs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prune:
-    """Keep the most important heads and neurons of each kept layer; the weights get physically smaller.
+    """Keep the most important heads, neurons and hidden channels of each kept layer; the weights get smaller.
 
-    Importance is activation-based (Minitron, Muralidharan et al. 2024, arXiv 2407.14679), measured on `samples`
-    training examples. Without a plan from search, `layers` (indices to keep), `heads` and `neurons` (a count for
-    all layers, or one per kept layer) state the shape.
+    `criterion` tells what is important, measured on `samples` training examples; `reconstruct` then fits what is left
+    to the uncut layers (ZipLM, Kurtić, Frantar & Alistarh 2023, arXiv 2302.04089); both defaults are what
+    `bench/pruning_criteria.py` found best before training. Without a plan from search, `layers`
+    (indices to keep), `heads` and `neurons` (a count for all layers, or one per kept layer) and `hidden` state the
+    shape. With more than one of `rounds` the shape is reached in steps with `epochs_per_round` of distillation after
+    each but the last (see `edgekd.prune.rounds`). An ordered student is cut to its prefix at once.
     """
 
-    criterion: str = "activation_weight"
+    buys: ClassVar[tuple[str, ...]] = ("latency", "size")
+
+    criterion: str = "obs"
     samples: int = 512
+    reconstruct: bool = True
     layers: list[int] | None = None
     heads: int | list[int] | None = None
     neurons: int | list[int] | None = None
+    hidden: int | None = None
+    rounds: int = 1
+    epochs_per_round: int = 1
+    force: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings.
 
         Raises:
-            RecipeError: unknown criterion or no samples.
+            RecipeError: unknown criterion, or a count below 1.
         """
         if self.criterion not in CRITERIA:
             raise RecipeError(unknown("criterion", self.criterion, CRITERIA))
-        if self.samples < 1:
-            raise RecipeError(f"samples must be at least 1, not {self.samples!r}")
+        for name in ("samples", "rounds", "epochs_per_round"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, not {getattr(self, name)!r}")
 
     def run(self, student: Student, ctx: Context) -> Student:
         """Return the smaller student; the one given is left as it is.
@@ -46,18 +57,9 @@ class Prune:
         Raises:
             RecipeError: there is neither a plan nor a shape in the settings, or the shape does not fit the model.
         """
-        from edgekd.prune.plan import plan_from_settings
-        from edgekd.surgery import cut, measure_importance
-        from edgekd.surgery.sample import sample_batches
+        from edgekd.prune.rounds import prune
 
-        stated = (self.layers, self.heads, self.neurons) != (None, None, None)
-        plan = plan_from_settings(student.arch, self.layers, self.heads, self.neurons) if stated else student.plan
-        if plan is None:
-            raise RecipeError("prune has no shape to cut to: put search before it, or state layers, heads or neurons")
-        batches = sample_batches(ctx.train, self.samples, seed=ctx.seed)
-        pruned = cut(student, plan, measure_importance(student, batches, criterion=self.criterion))
-        ctx.notes["shape"] = plan.describe()
-        return replace(pruned, plan=None)
+        return prune(self, student, ctx)
 
 
 __all__ = ["CRITERIA", "Prune"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from edgekd.errors import RecipeError, unknown
 
@@ -31,9 +31,12 @@ class Quantize:
     maxima over `calibration` examples.
     """
 
+    buys: ClassVar[tuple[str, ...]] = ("latency", "size")
+
     lowering: str = "auto"
     calibration: int = 128
     tolerance: float = 0.005
+    force: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings.

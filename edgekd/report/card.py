@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgekd.report.gains import HEADINGS, gains
+
 PIPELINES = {
     "text-classification": "ORTModelForSequenceClassification",
     "image-classification": "ORTModelForImageClassification",
@@ -38,6 +40,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         *[f"Verdict on `{each['target']}`: **{each['status']}** ({each['reason']})." for each in manifest["verdict"]],
         "",
         *_how_known(manifest),
+        *_stages(manifest),
         "## Run it",
         "",
         *_usage(manifest),
@@ -105,6 +108,32 @@ def _how_known(manifest: Mapping[str, Any]) -> list[str]:
         elif entry["kind"] == "unavailable":
             lines += [f"The latency on `{entry['target']}` is not known: {entry.get('reason', '')}."]
     return ["## How the latency is known", "", *lines, ""] if lines else []
+
+
+def _stages(manifest: Mapping[str, Any]) -> list[str]:
+    """What each stage bought, and which were rolled back."""
+    found = gains(manifest)
+    if not found:
+        return []
+    table = [f"| {' | '.join(_cell(cell) for cell in row['cells'])} |" for row in found]
+    remarks = [f"- {row['stage']}: {_cell(row['why'])}" for row in found if row["remark"]]
+    return [
+        "## What each stage bought",
+        "",
+        "Before → after, both in the form that would ship then; metrics on validation.",
+        "",
+        f"| {' | '.join(HEADINGS)} |",
+        f"|{'---|' * len(HEADINGS)}",
+        *table,
+        "",
+        *remarks,
+        *([""] if remarks else []),
+    ]
+
+
+def _cell(text: str) -> str:
+    """A text that stays in its cell of a table, whatever a compiler put into it."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
 def _usage(manifest: Mapping[str, Any]) -> list[str]:

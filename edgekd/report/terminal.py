@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekd.report.gains import gains, shared
+
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
@@ -24,9 +26,22 @@ def rows(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
     table = [(form, *first, _mb(teacher["size_bytes"]))]
     for entry in manifest["ledger"]:
         validation = "" if entry["metric"] is None else f"{entry['metric']:.4f}"
-        table.append((f"  {entry['stage']}", validation, "", *_timing(entry["latency"]), _mb(entry.get("size_bytes"))))
+        table.append(
+            (
+                f"  {entry['stage']}{_mark(entry)}",
+                validation,
+                "",
+                *_timing(entry["latency"]),
+                _mb(entry.get("size_bytes")),
+            )
+        )
     last = ("", f"{quality['value']:.4f}", *_timing(latency))
     return [*table, (f"artifact ({artifact['precision']})", *last, _mb(artifact["size_bytes"]))]
+
+
+def _mark(entry: Mapping[str, Any]) -> str:
+    """Marks a stage that was rolled back: the figures are those of what went on in its place."""
+    return " ↩" if entry.get("kept") is False else ""
 
 
 def heading(manifest: Mapping[str, Any], target: str) -> str:
@@ -53,6 +68,8 @@ def show(manifests: Mapping[str, Mapping[str, Any]], verdicts: Sequence[Mapping[
         for row in rows(manifest):
             table.add_row(*row)
         console.print(table)
+        for line in [*shared(manifest, len(manifests)), *(each["line"] for each in gains(manifest))]:
+            console.print(line, soft_wrap=True, markup=False)
     for verdict in verdicts:
         colour = COLOURS[verdict["status"]]
         line = f"[{colour}]{verdict['status']}[/{colour}]  {verdict['target']}: {escape(verdict['reason'])}"

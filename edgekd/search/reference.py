@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,104 +13,123 @@ import numpy as np
 from edgekd import host
 from edgekd.arch import Arch
 from edgekd.calibrate.bodies import Body, body_of_student
-from edgekd.calibrate.estimates import Estimator
-from edgekd.calibrate.graphs import build_graphs
 from edgekd.calibrate.run import fingerprint, runtime_of
 from edgekd.calibrate.shapes import convolution_shapes, short_chains
 from edgekd.devices import is_estimated, unavailable, usual_threads
-from edgekd.errors import ModelError, RecipeError, StageError, TargetError
+from edgekd.errors import ModelError, RecipeError, TargetError
 from edgekd.export.onnx import OPSET
-from edgekd.files import sha256_file, sha256_json, write_json
-from edgekd.latency.bench import Settings, Subject, measure
+from edgekd.files import sha256_file, sha256_json
 from edgekd.latency.cell import Frame
 from edgekd.latency.fit import fit
-from edgekd.latency.stats import Samples
-from edgekd.latency.table import Conditions, LatencyTable, find_table, frame_of, load
+from edgekd.latency.table import Conditions, LatencyTable, find_table, load
+from edgekd.search.predictor import Reference, read_reference, write_reference
+from edgekd.search.space import multiples, with_hidden
+from edgekd.search.timing import Timings, find_timings, frame_for, narrowed
+from edgekd.search.variants import fit_saving, probes, vary
 
 if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.search import Search
     from edgekd.student import Student
 
-DEFAULT_TAIL = 1.0
-"""p95 over p50 of a device that is not timed: its estimates have one figure."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """A table, the frame to predict in, the teacher's latency, and p95 over p50 of small models.
-
-    `scale` is what was measured now over what the table predicts: a table may be from another day.
-    """
-
-    table: LatencyTable
-    frame: Frame
-    teacher_ms: float
-    tail: float = DEFAULT_TAIL
-    scale: float = 1.0
-    source: str = "measured for this search"
-
-    def predictor(self) -> Predictor:
-        """Latencies in milliseconds of shapes, quickly."""
-        return Predictor(self)
-
-
-class Predictor:
-    """Predicts one shape or a population; the cells are looked up once."""
-
-    def __init__(self, reference: Reference) -> None:
-        self.mix, self.scale = reference.table.mix(reference.frame), reference.scale
-
-    def __call__(self, arch: Arch) -> float:
-        """Milliseconds of one shape."""
-        return self.scale * float(self.mix.predict([arch])[0])
-
 
 def find_reference(settings: Search, student: Student, ctx: Context) -> Reference:
     """A reference from `table`, from the target's own table in `profiles/`, or measured (or estimated) for this search.
 
     A table holds for this search if it was made for this target, on this CPU with this runtime and as many threads,
-    and covers the teacher's family and width at the budget's batch and length.
+    and covers the teacher's family and width at the budget's batch and length. Where operators change what will ship,
+    and for every variant, a few changed shapes are timed as well; and some of half the hidden width, if that may
+    change and the table does not know it.
 
     Raises:
         TargetError: the target can be neither measured nor estimated here and no table covers it.
         RecipeError: the table that the recipe names is not there or does not cover the student.
     """
     body = body_of_student(student, ctx.task.name)
-    frame = _frame(body, ctx)
+    frame = frame_for(body, ctx)
     path = _table_path(settings, ctx)
     key = {
         "cpu": host.cpu_name(), "runtime": runtime_of(ctx.target), "contents": sha256_file(path) if path else "",
         "arch": student.arch.to_dict(), "target": ctx.target.fingerprint, "lowering": ctx.lowering, "opset": OPSET,
-        "shape": [ctx.budget.batch, ctx.budget.sequence, ctx.budget.threads],
+        "shape": [ctx.budget.batch, ctx.budget.sequence, ctx.budget.threads], "hidden": settings.hidden_step,
+        "reshaped": [ctx.reshape(shape).to_dict() for shape in probes(student.arch)], "variants": settings.variants,
     }  # fmt: skip
     file = ctx.cache / f"latency-{sha256_json(key)[:16]}.json"
     if file.is_file():
         return read_reference(file)
-    reference = (path and _from_table(path, settings, body, frame, ctx)) or _own(body, frame, ctx)
+    measured = _Measured(settings, body, frame, ctx)
+    reference = (path and _from_table(path, settings, measured)) or _own(measured)
     ctx.cache.mkdir(parents=True, exist_ok=True)
-    facts = {**vars(reference), "table": reference.table.to_dict(), "frame": vars(frame)}
-    write_json(file, facts)
+    write_reference(file, reference)
     return reference
 
 
-def read_reference(file: Path) -> Reference:
-    """Read what `find_reference` wrote.
+class _Measured:
+    """What is timed in one run: shapes of the table, changed ones of each variant, and narrower ones."""
 
-    Raises:
-        RecipeError: it is something else.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        table, frame = LatencyTable.from_dict(data.pop("table")), Frame(**data.pop("frame"))
-        return Reference(table=table, frame=frame, **data)
-    except (ValueError, KeyError, TypeError, AttributeError, ModelError) as error:
-        raise RecipeError(f"{file} is not what search wrote there: {error}; delete it") from None
+    def __init__(self, settings: Search, body: Body, frame: Frame, ctx: Context) -> None:
+        self.body, self.frame, self.ctx = body, frame, ctx
+        self.arch = body.student.arch
+        names = ["", *settings.variants] if frame.head_dim else [""]
+        self.changed = {
+            name: [
+                (shape, after)
+                for shape in probes(self.arch)
+                if (after := ctx.reshape(vary(name, shape, ctx.budget.sequence))) != shape
+            ]
+            for name in names
+        }
+        self.hidden = self._narrower(settings.hidden_step)
+        self.times: dict[Arch, float] = {}
 
+    def _narrower(self, step: int) -> list[int]:
+        """Widths of the residual stream below its own, where the family can narrow it."""
+        widths = [width for width in multiples(step, self.arch.hidden) if width < self.arch.hidden] if step else []
+        with contextlib.suppress(ModelError):
+            for width in widths[:1]:
+                narrowed(self.body, width)
+            return widths
+        self.ctx.progress.say("search: the residual stream of this model cannot be narrowed; hidden_step does nothing")
+        return []
 
-def _frame(body: Body, ctx: Context) -> Frame:
-    tokens = ctx.budget.sequence if body.image is None else body.tokens
-    return frame_of(body.student.arch, ctx.lowering, ctx.budget.batch, tokens, body.outline)
+    def shapes(self) -> list[Arch]:
+        """About ten shapes that tell what the parts of this teacher cost."""
+        if self.arch.layers[0].heads:
+            return short_chains(self.arch)
+        return convolution_shapes(self.arch, droppable_layers(self.body.student))
+
+    def time(self, shapes: Sequence[Arch], *, narrow: bool) -> Timings:
+        """Time shapes, and all that is needed besides, next to each other."""
+        everything = [*shapes, *(after for pairs in self.changed.values() for _, after in pairs)]
+        everything += self.narrow() if narrow else []
+        everything = list(dict.fromkeys(everything))
+        found = find_timings(everything, self.body, self.frame, self.ctx)
+        self.times = dict(zip(everything, found.ms, strict=True))
+        return Timings([self.times[shape] for shape in shapes], found.teacher_ms, found.tail)
+
+    def narrow(self) -> list[Arch]:
+        """The shapes again, at the least width of the residual stream."""
+        return [with_hidden(shape, self.hidden[0]) for shape in self.shapes()] if self.hidden else []
+
+    def completed(self, reference: Reference) -> Reference:
+        """The reference with savings, and with a cell of narrower shapes if some were timed."""
+        narrow = [shape for shape in self.narrow() if shape in self.times]
+        table = reference.table
+        if narrow:
+            frame = replace(self.frame, hidden=self.hidden[0])
+            ms = [self.times[shape] / reference.scale for shape in narrow]
+            cell = fit(narrow, ms, frame, by_source=bool(frame.outline))
+            table = replace(table, cells=(*table.cells, cell))
+        whole = bool(narrow) or all(table.covers(replace(self.frame, hidden=width)) for width in self.hidden)
+        hidden = self.hidden if whole else []
+        predict, savings = replace(reference, table=table).predictor(), {}
+        for name, pairs in self.changed.items():
+            timed = [(before, after) for before, after in pairs if after in self.times]
+            if timed:
+                saved = [self.times.get(before) or predict(before) for before, _ in timed]
+                saved = [ms - self.times[after] for ms, (_, after) in zip(saved, timed, strict=True)]
+                savings[name] = fit_saving(timed, saved, self.ctx.budget.sequence)
+        return replace(reference, table=table, savings=savings, hidden=(*hidden, self.arch.hidden))
 
 
 def _table_path(settings: Search, ctx: Context) -> Path | None:
@@ -121,27 +140,28 @@ def _table_path(settings: Search, ctx: Context) -> Path | None:
     return Path(settings.table)
 
 
-def _from_table(path: Path, settings: Search, body: Body, frame: Frame, ctx: Context) -> Reference | None:
+def _from_table(path: Path, settings: Search, measured: _Measured) -> Reference | None:
     """A reference from a table that was made before, brought to the speed of now by three models where possible."""
-    table = load(path)
+    table, ctx, frame = load(path), measured.ctx, measured.frame
     if reason := _foreign(table, frame, ctx):
         if settings.table:
             raise RecipeError(f"the latency table {path} does not hold here: {reason}")
         return None
     ctx.progress.say(f"search: latencies from {path.name}")
-    mix, arch = table.mix(frame), body.student.arch
+    mix, arch = table.mix(frame), measured.arch
     if unavailable(ctx.target) is not None:
         teacher = _predicted_teacher(table, frame, arch, ctx)
-        return Reference(table=table, frame=frame, teacher_ms=teacher, source=f"{path.name}, nothing was run")
-    if is_estimated(ctx.target):
-        with Estimator(ctx.target, ctx.work) as estimate:
-            teacher = estimate(body, arch, frame).ms
-        return Reference(table=table, frame=frame, teacher_ms=teacher, source=path.name)
-    shapes = short_chains(arch) if arch.layers[0].heads else convolution_shapes(arch, droppable_layers(body.student))
-    few = [shapes[0], shapes[len(shapes) // 2], shapes[-1]]
-    medians, teacher_ms, tail = _timed(few, body, frame, ctx)
-    scale = float(np.median(np.asarray(medians) / mix.predict(few)))
-    return Reference(table=table, frame=frame, teacher_ms=teacher_ms, tail=tail, scale=scale, source=path.name)
+        source = f"{path.name}, nothing was run"
+        return measured.completed(Reference(table=table, frame=frame, teacher_ms=teacher, source=source))
+    shapes = measured.shapes()
+    few = [] if is_estimated(ctx.target) else [shapes[0], shapes[len(shapes) // 2], shapes[-1]]
+    wider = bool(measured.hidden) and not table.covers(replace(frame, hidden=measured.hidden[0]))
+    found = measured.time(few, narrow=wider)
+    reference = Reference(
+        table=table, frame=frame, teacher_ms=found.teacher_ms, tail=found.tail, source=path.name,
+        scale=float(np.median(np.asarray(found.ms) / mix.predict(few))) if few else 1.0,
+    )  # fmt: skip
+    return measured.completed(reference)
 
 
 def _predicted_teacher(table: LatencyTable, frame: Frame, arch: Arch, ctx: Context) -> float:
@@ -179,72 +199,21 @@ def _foreign(table: LatencyTable, frame: Frame, ctx: Context) -> str:
     return "" if table.covers(frame) else f"it does not cover {frame.describe()}"
 
 
-def _own(body: Body, frame: Frame, ctx: Context) -> Reference:
+def _own(measured: _Measured) -> Reference:
     """A table of this teacher alone: about ten shapes, timed beside the teacher or compiled."""
+    ctx, frame = measured.ctx, measured.frame
     if reason := unavailable(ctx.target):
         raise TargetError(
             f"search needs latencies, and {ctx.target.name} is unavailable: {reason}. Give a table made where it is "
             "there (`edgekd calibrate`, stages.search.table), or leave search out and give prune its layers, heads "
             "and neurons"
         )
-    arch = body.student.arch
-    shapes = short_chains(arch) if arch.layers[0].heads else convolution_shapes(arch, droppable_layers(body.student))
-    if is_estimated(ctx.target):
-        medians, teacher_ms, tail = _estimated(shapes, body, frame, ctx)
-    else:
-        medians, teacher_ms, tail = _timed(shapes, body, frame, ctx)
-    cell = fit(shapes, medians, frame, by_source=bool(frame.outline))
+    shapes = measured.shapes()
+    found = measured.time(shapes, narrow=True)
+    cell = fit(shapes, found.ms, frame, by_source=bool(frame.outline))
     kind = "vendor_estimate" if is_estimated(ctx.target) else "measured"
     table = LatencyTable(conditions=Conditions(target=ctx.target.name, kind=kind), cells=(cell,))
-    return Reference(table=table, frame=frame, teacher_ms=teacher_ms, tail=tail)
-
-
-def _timed(shapes: Sequence[Arch], body: Body, frame: Frame, ctx: Context) -> tuple[list[float], float, float]:
-    """Medians of shapes beside the teacher, the teacher's, and the usual p95 over p50."""
-    if ctx.teacher_graph is None:
-        raise StageError("search needs the teacher's ONNX graph to compare with")
-    ctx.progress.start("latency table: build models", len(shapes))
-    subjects = [Subject(name="teacher", path=ctx.teacher_graph)]
-    for i, arch in enumerate(shapes):
-        subjects.append(Subject(name=str(i), path=build_graph(body, arch, frame, ctx, ctx.work / f"p{i}.onnx")))
-        ctx.progress.advance()
-    ctx.progress.stop()
-    samples = time_graphs(subjects, ctx, blocks=40)
-    for subject in subjects[1:]:
-        subject.path.unlink()
-    medians = [float(np.median(s.ms)) for s in samples]
-    tails = [float(np.percentile(s.ms, 95) / np.median(s.ms)) for s in samples[1:]]
-    return medians[1:], medians[0], float(np.median(tails))
-
-
-def _estimated(shapes: Sequence[Arch], body: Body, frame: Frame, ctx: Context) -> tuple[list[float], float, float]:
-    ctx.progress.start("latency table: compile models", len(shapes) + 1)
-    found = []
-    with Estimator(ctx.target, ctx.work) as estimate:
-        for arch in (body.student.arch, *shapes):
-            found.append(estimate(body, arch, frame).ms)
-            ctx.progress.advance()
-    ctx.progress.stop()
-    return found[1:], found[0], DEFAULT_TAIL
-
-
-def build_graph(body: Body, arch: Arch, frame: Frame, ctx: Context, output: Path) -> Path:
-    """Cut, export and lower one shape as it would ship; time does not depend on the weights."""
-    build_graphs(body, arch, {output: frame}, static=ctx.target.is_static, symmetric=ctx.target.symmetric)
-    return output
-
-
-def time_graphs(subjects: Sequence[Subject], ctx: Context, blocks: int) -> list[Samples]:
-    """Measure graphs side by side on the target, as the budget says."""
-    budget = ctx.budget
-    return measure(
-        subjects,
-        target=ctx.target,
-        batch=budget.batch,
-        sequence=budget.sequence,
-        threads=budget.threads,
-        settings=Settings(blocks=blocks, seed=ctx.seed),
-    )
+    return measured.completed(Reference(table=table, frame=frame, teacher_ms=found.teacher_ms, tail=found.tail))
 
 
 def droppable_layers(student: Student) -> list[bool]:

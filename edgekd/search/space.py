@@ -1,17 +1,17 @@
-"""Candidate shapes under a latency limit: which layers to keep, then how wide each may be."""
+"""All shapes that a student may have: layers, heads and neurons of each, and the width of the residual stream."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-
-import torch
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from edgekd.arch import Arch, Layer
-from edgekd.surgery import Importance
 
 Predict = Callable[[Arch], float]
 Score = Callable[[Arch], float]
+Genes = dict[str, int]
 
 
 def with_layers(arch: Arch, kept: Sequence[int]) -> Arch:
@@ -19,63 +19,25 @@ def with_layers(arch: Arch, kept: Sequence[int]) -> Arch:
     return replace(arch, layers=tuple(arch.layers[i] for i in kept))
 
 
-def depth_chain(arch: Arch, droppable: Sequence[bool], score: Score, *, fewest: int) -> list[tuple[int, ...]]:
-    """Positions of kept layers for every depth, deepest first: each step drops the layer that hurts least.
-
-    `score` is called on O(layers²) shapes.
-    """
-    kept = tuple(range(len(arch.layers)))
-    chain = [kept]
-    while len(kept) > fewest:
-        options = [tuple(k for k in kept if k != i) for i in kept if droppable[i]]
-        if not options:
-            break
-        kept = min(options, key=lambda option: score(with_layers(arch, option)))
-        chain.append(kept)
-    return chain
+def with_hidden(arch: Arch, hidden: int) -> Arch:
+    """The same shape with a narrower residual stream; the stages of a convolutional net shrink in proportion."""
+    if hidden == arch.hidden:
+        return arch
+    channels = [max(round(width * hidden / arch.hidden), 1) for width in arch.channels]
+    return replace(arch, hidden=hidden, channels=(*channels[:-1], hidden) if channels else ())
 
 
-def uniform_widths(arch: Arch, kept: Sequence[int], limit: float, predict: Predict, steps: Steps) -> Arch | None:
-    """The widest shape with the same share of heads and neurons in every kept layer that is under the limit."""
-    base = with_layers(arch, kept)
-    finest = max([layer.neurons // steps.neurons for layer in base.layers] + [layer.heads for layer in base.layers])
-    for step in range(finest, 0, -1):
-        shape = replace(base, layers=tuple(_share(layer, step / finest, steps) for layer in base.layers))
-        if predict(shape) <= limit:
-            return shape
-    return None
+def replace_layer(arch: Arch, position: int, layer: Layer) -> Arch:
+    """The same shape with another layer at this position."""
+    return replace(arch, layers=(*arch.layers[:position], layer, *arch.layers[position + 1 :]))
 
 
-def importance_widths(
-    arch: Arch, kept: Sequence[int], limit: float, predict: Predict, steps: Steps, importance: Importance
-) -> Arch | None:
-    """Cut the least important heads and neurons per millisecond saved until the prediction is under the limit.
-
-    A part's importance is its share of its layer's squared scores, so that layers of different scale compare.
-    """
-    shape = with_layers(arch, kept)
-    losses = [_Losses.of(importance, i) for i in kept]
-    latency = predict(shape)
-    while latency > limit:
-        best: tuple[float, Arch, float] | None = None
-        for position, layer in enumerate(shape.layers):
-            for smaller, loss in _smaller(layer, losses[position], steps):
-                candidate = _replace_layer(shape, position, smaller)
-                faster = predict(candidate)
-                price = loss / max(latency - faster, 1e-9)
-                if best is None or price < best[0]:
-                    best = (price, candidate, faster)
-        if best is None:
-            return None
-        _, shape, latency = best
-    return shape
-
-
+@dataclass(frozen=True)
 class Steps:
     """The sizes in which heads and neurons are cut."""
 
-    def __init__(self, heads: int, neurons: int) -> None:
-        self.heads, self.neurons = heads, neurons
+    heads: int
+    neurons: int
 
     def fewer_heads(self, layer: Layer) -> int:
         """Heads after one step, at least one where there are any."""
@@ -86,41 +48,169 @@ class Steps:
         multiple = (layer.neurons - 1) // self.neurons * self.neurons
         return max(multiple, min(self.neurons, layer.neurons))
 
+    def smallest(self, layer: Layer) -> Layer:
+        """The layer with one head, where it has any, and one step of neurons."""
+        return replace(layer, heads=min(layer.heads, 1), neurons=min(layer.neurons, self.neurons))
 
-class _Losses:
-    """What is lost when only the best `n` heads or neurons of a layer stay: share of squared scores, cumulated."""
+    def head_counts(self, layer: Layer) -> tuple[int, ...]:
+        """All numbers of heads that the layer may have, ascending."""
+        return _reached(layer, "heads", self.fewer_heads)
 
-    def __init__(self, heads: torch.Tensor, neurons: torch.Tensor) -> None:
-        self.heads, self.neurons = heads, neurons
+    def neuron_counts(self, layer: Layer) -> tuple[int, ...]:
+        """All numbers of neurons that the layer may have, ascending."""
+        return _reached(layer, "neurons", self.fewer_neurons)
+
+
+def _resized(layer: Layer, name: str, value: int) -> Layer:
+    return replace(layer, heads=value) if name == "heads" else replace(layer, neurons=value)
+
+
+def _reached(layer: Layer, name: str, fewer: Callable[[Layer], int]) -> tuple[int, ...]:
+    counts = [getattr(layer, name)]
+    while (less := fewer(layer)) < counts[-1]:
+        counts.append(less)
+        layer = _resized(layer, name, less)
+    return tuple(reversed(counts))
+
+
+@dataclass(frozen=True)
+class Space:
+    """The shapes of one teacher's students.
+
+    `droppable` says which of its layers may go, `heads` and `neurons` which widths each may have, `hidden` which
+    widths the residual stream may have (all ascending). `order` are the positions of the layers, the most important
+    first: they are put back where too few are kept.
+    """
+
+    arch: Arch
+    droppable: tuple[bool, ...]
+    heads: tuple[tuple[int, ...], ...]
+    neurons: tuple[tuple[int, ...], ...]
+    hidden: tuple[int, ...]
+    order: tuple[int, ...]
+    min_layers: int = 1
 
     @classmethod
-    def of(cls, importance: Importance, index: int) -> _Losses:
-        return cls(_left_out(importance.heads[index]), _left_out(importance.neurons[index]))
+    def of(
+        cls,
+        arch: Arch,
+        droppable: Sequence[bool],
+        steps: Steps,
+        *,
+        min_layers: int = 1,
+        hidden: Sequence[int] = (),
+        order: Sequence[int] | None = None,
+    ) -> Space:
+        """The space of a teacher's shape with widths in these steps; `hidden` without entries leaves that as it is."""
+        return cls(
+            arch=arch,
+            droppable=tuple(droppable),
+            heads=tuple(steps.head_counts(layer) for layer in arch.layers),
+            neurons=tuple(steps.neuron_counts(layer) for layer in arch.layers),
+            hidden=tuple(sorted({*hidden, arch.hidden})),
+            order=tuple(order if order is not None else range(len(arch.layers))),
+            min_layers=min_layers,
+        )
+
+    @property
+    def size(self) -> int:
+        """How many shapes there are."""
+        fixed, by_depth = 1, [1]
+        for drop, heads, neurons in zip(self.droppable, self.heads, self.neurons, strict=True):
+            widths = len(heads) * len(neurons)
+            if drop:
+                by_depth = [a + b * widths for a, b in zip([*by_depth, 0], [0, *by_depth], strict=True)]
+            else:
+                fixed *= widths
+        least = max(self.min_layers - self.droppable.count(False), 0 if False in self.droppable else 1)
+        return len(self.hidden) * fixed * sum(by_depth[least:])
+
+    def shapes(self) -> Iterator[Arch]:
+        """Every shape once."""
+        count = len(self.arch.layers)
+        fixed = [i for i in range(count) if not self.droppable[i]]
+        spare = [i for i in range(count) if self.droppable[i]]
+        least = max(self.min_layers - len(fixed), 0 if fixed else 1)
+        for depth in range(least, len(spare) + 1):
+            for chosen in itertools.combinations(spare, depth):
+                kept = sorted([*fixed, *chosen])
+                for hidden in self.hidden:
+                    for widths in itertools.product(*(itertools.product(self.heads[i], self.neurons[i]) for i in kept)):
+                        layers = (
+                            replace(self.arch.layers[i], heads=heads, neurons=neurons)
+                            for i, (heads, neurons) in zip(kept, widths, strict=True)
+                        )
+                        yield with_hidden(replace(self.arch, layers=tuple(layers)), hidden)
+
+    def genes(self) -> dict[str, int]:
+        """Names of the genes and how many values each has; values count from 0. Genes without a choice are left out."""
+        found = {"hidden": len(self.hidden)}
+        for i, drop in enumerate(self.droppable):
+            found |= {
+                f"keep{i}": 2 if drop else 1,
+                f"heads{i}": len(self.heads[i]),
+                f"neurons{i}": len(self.neurons[i]),
+            }
+        return {name: count for name, count in found.items() if count > 1}
+
+    def decode(self, genes: Mapping[str, int]) -> Arch:
+        """The shape that genes stand for; genes left out count as their largest value."""
+        count = len(self.arch.layers)
+        kept = {i for i in range(count) if not self.droppable[i] or genes.get(f"keep{i}", 1)}
+        for i in self.order:
+            if len(kept) >= min(self.min_layers, count):
+                break
+            kept.add(i)
+        layers = []
+        for i in sorted(kept):
+            heads, neurons = self.heads[i], self.neurons[i]
+            heads_gene = genes.get(f"heads{i}", len(heads) - 1)
+            neurons_gene = genes.get(f"neurons{i}", len(neurons) - 1)
+            layers.append(replace(self.arch.layers[i], heads=heads[heads_gene], neurons=neurons[neurons_gene]))
+        hidden = self.hidden[genes.get("hidden", len(self.hidden) - 1)]
+        return with_hidden(replace(self.arch, layers=tuple(layers)), hidden)
+
+    def encode(self, arch: Arch) -> Genes:
+        """The genes of a shape, each width rounded down to one of the space."""
+        own = {layer.source: layer for layer in arch.layers}
+        values = {"hidden": _place(self.hidden, arch.hidden)}
+        for i, full in enumerate(self.arch.layers):
+            layer = own.get(full.source)
+            values[f"keep{i}"] = int(layer is not None)
+            values[f"heads{i}"] = _place(self.heads[i], (layer or full).heads)
+            values[f"neurons{i}"] = _place(self.neurons[i], (layer or full).neurons)
+        return {name: values[name] for name in self.genes()}
+
+    def smallest(self) -> Arch:
+        """As few layers as allowed, each as narrow as allowed."""
+        fixed = [i for i in range(len(self.arch.layers)) if not self.droppable[i]]
+        spare = [i for i in range(len(self.arch.layers)) if self.droppable[i]]
+        least = max(self.min_layers - len(fixed), 0 if fixed else 1)
+        layers = (
+            replace(self.arch.layers[i], heads=self.heads[i][0], neurons=self.neurons[i][0])
+            for i in sorted(fixed + spare[:least])
+        )
+        return with_hidden(replace(self.arch, layers=tuple(layers)), self.hidden[0])
+
+    def steps_of(self, arch: Arch) -> Iterator[tuple[Arch, int]]:
+        """Shapes with one width of one layer a step wider (`1`) or narrower (`-1`)."""
+        position = {layer.source: i for i, layer in enumerate(self.arch.layers)}
+        for place, layer in enumerate(arch.layers):
+            i = position[layer.source]
+            for name, options in (("heads", self.heads[i]), ("neurons", self.neurons[i])):
+                value = getattr(layer, name)
+                wider = [option for option in options if option > value]
+                narrower = [option for option in options if option < value]
+                if wider:
+                    yield replace_layer(arch, place, _resized(layer, name, wider[0])), 1
+                if narrower:
+                    yield replace_layer(arch, place, _resized(layer, name, narrower[-1])), -1
 
 
-def _left_out(scores: torch.Tensor) -> torch.Tensor:
-    """`[n + 1]`: entry `k` is the share of squared scores that the best `k` do not hold."""
-    squares = torch.sort(scores.double().square(), descending=True).values
-    held = torch.cumsum(squares, 0) / squares.sum().clamp(min=1e-30)
-    return torch.cat([torch.ones(1, dtype=held.dtype), 1 - held])
+def multiples(step: int, full: int, share: float = 0.5) -> tuple[int, ...]:
+    """Multiples of a step from `share` of the full width up to it, the full width itself included."""
+    return tuple(sorted({*range(math.ceil(full * share / step) * step, full + 1, step), full}))
 
 
-def _smaller(layer: Layer, losses: _Losses, steps: Steps) -> list[tuple[Layer, float]]:
-    options = []
-    heads, neurons = steps.fewer_heads(layer), steps.fewer_neurons(layer)
-    if heads < layer.heads:
-        options.append((replace(layer, heads=heads), float(losses.heads[heads] - losses.heads[layer.heads])))
-    if neurons < layer.neurons:
-        loss = float(losses.neurons[neurons] - losses.neurons[layer.neurons])
-        options.append((replace(layer, neurons=neurons), loss))
-    return options
-
-
-def _share(layer: Layer, share: float, steps: Steps) -> Layer:
-    heads = max(round(layer.heads * share / steps.heads) * steps.heads, min(layer.heads, 1))
-    neurons = max(round(layer.neurons * share / steps.neurons) * steps.neurons, min(steps.neurons, layer.neurons))
-    return replace(layer, heads=min(heads, layer.heads), neurons=min(neurons, layer.neurons))
-
-
-def _replace_layer(arch: Arch, position: int, layer: Layer) -> Arch:
-    return replace(arch, layers=(*arch.layers[:position], layer, *arch.layers[position + 1 :]))
+def _place(options: Sequence[int], value: int) -> int:
+    return max(sum(option <= value for option in options) - 1, 0)

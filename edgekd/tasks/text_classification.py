@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.errors import ModelError, RecipeError
+from edgekd.errors import DataError, ModelError, RecipeError
 from edgekd.tasks.score import accuracy, cross_entropy
 from edgekd.tasks.task import Ints, Processor, Rows, Task
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_LENGTH = 512
 # Positions of these count on from the padding index, so that many of them are never used.
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "xmod"}
+OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "xmod"}
 _CHUNK = 4096
 _MULTIPLE = 8
 
@@ -32,6 +33,7 @@ class EncodedText:
         types: token type ids, laid out as `ids`; None if the model takes none.
         padding: (id, token type id) to pad with, and `left`: on which side.
         longest: most tokens the model may get.
+        rows: what was encoded, and `picked`: which of it example i is; None where that was not kept.
     """
 
     ids: npt.NDArray[np.int32]
@@ -42,6 +44,8 @@ class EncodedText:
     padding: tuple[int, int]
     left: bool
     longest: int
+    rows: Rows | None = None
+    picked: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -58,7 +62,27 @@ class EncodedText:
     def take(self, indices: Ints) -> EncodedText:
         """Some of the examples; the token ids are shared."""
         labels = None if self.labels is None else self.labels[indices]
-        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], labels=labels)
+        picked = None if self.picked is None else self.picked[indices]
+        return replace(self, starts=self.starts[indices], lengths=self.lengths[indices], labels=labels, picked=picked)
+
+    def raw(self) -> dict[str, list[str]]:
+        """What was encoded, by column.
+
+        Raises:
+            DataError: the texts were not kept.
+        """
+        if self.rows is None or self.picked is None:
+            raise DataError("these examples were encoded without keeping their texts, so they cannot be encoded anew")
+        return {name: [str(values[i]) for i in self.picked] for name, values in self.rows.columns.items()}
+
+    def again(self, processor: Processor) -> EncodedText:
+        """The same texts, with the same labels and length limit, through another tokenizer.
+
+        Raises:
+            DataError: the texts were not kept.
+        """
+        encoded = encode(processor, _Raw(self.raw(), self.labels), self.longest)
+        return replace(encoded, rows=self.rows, picked=self.picked)
 
     def collate(self, indices: Ints, length: int | None = None) -> dict[str, torch.Tensor]:
         """int64 tensors [B, S]: S is `length`, or the longest example rounded up to a multiple of 8.
@@ -88,6 +112,18 @@ class EncodedText:
         ends = np.cumsum(lengths)
         within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
         return np.asarray(np.repeat(self.starts[indices], lengths) + within, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Raw:
+    """Texts as `encode` takes them."""
+
+    columns: Mapping[str, list[str]]
+    labels: Ints | None
+    digests: Sequence[bytes] = ()
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
 
 
 def _padded(values: npt.NDArray[np.int32], places: Ints, mask: npt.NDArray[np.bool_], padding: int) -> Ints:
@@ -130,7 +166,7 @@ def _max_length(tokenizer: Any, config: Any) -> int:
     limits = [DEFAULT_MAX_LENGTH]
     positions = getattr(config, "max_position_embeddings", None)
     if positions and positions > 0:
-        offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
+        offset = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
         limits = [positions - offset]
     # Tokenizers without a limit say 1e30.
     if tokenizer.model_max_length < 1e6:
@@ -177,6 +213,8 @@ def encode(processor: Processor, examples: Rows, max_length: int | None = None) 
         padding=(tokenizer.pad_token_id, tokenizer.pad_token_type_id),
         left=tokenizer.padding_side == "left",
         longest=longest,
+        rows=examples,
+        picked=np.arange(len(ids), dtype=np.int64),
     )
 
 

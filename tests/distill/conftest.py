@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ def _context(teacher: Student, task: str, train: Any, validation: Any, folder: P
     return Context(
         teacher=teacher,
         task=TASKS[task],
-        processor=None,
+        processor=SimpleNamespace(hf=SimpleNamespace(all_special_ids=[0, 1])),
         train=train,
         validation=validation,
         test=None,

@@ -8,11 +8,11 @@ import torch
 
 from edgekd.arch import Arch
 from edgekd.errors import ModelError
-from edgekd.families import FAMILIES, family_of
+from edgekd.families import FAMILIES
 from edgekd.student import Student, load_student
 from edgekd.surgery import Importance, cut
 
-TEXT = ["bert", "roberta", "electra", "distilbert"]
+TEXT = ["bert", "roberta", "xlm-roberta", "electra", "electra-wide", "distilbert"]
 IMAGE = ["vit", "deit", "resnet", "resnet-bottleneck"]
 KINDS = TEXT + IMAGE
 
@@ -56,8 +56,9 @@ def narrowed(arch: Arch) -> Arch:
     return replace(arch, layers=layers)
 
 
-def test_every_family_has_a_tiny_model_here():
-    assert {family_of(kind.split("-")[0]).name for kind in KINDS} == set(FAMILIES)
+def test_every_family_and_every_type_of_model_has_a_tiny_one_here(make_model):
+    types = {json.loads((make_model(kind) / "config.json").read_text())["model_type"] for kind in KINDS}
+    assert types == {name for family in FAMILIES.values() for name in family.model_types}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,6 +75,23 @@ def test_slicing_equals_masking(make_model, kind):
     assert small.arch == shape
     assert sum(p.numel() for p in small.model.parameters()) < sum(p.numel() for p in student.model.parameters())
     _mask(student, shape, scores)
+    assert (logits(small, kind) - logits(student, kind)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_leaving_a_layer_out_equals_passing_it_by(make_model, kind):
+    student = load(make_model, kind)
+    place = max(i for i in range(len(student.arch.layers)) if student.family.droppable(student.model, i))
+    layers = tuple(layer for i, layer in enumerate(student.arch.layers) if i != place)
+    small = cut(student, replace(student.arch, layers=layers), ranked(student))
+
+    def pass_by(module, args, kwargs, output):
+        states = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+        return states if isinstance(output, torch.Tensor) else (states, *output[1:])
+
+    before = logits(student, kind)
+    student.family.layers(student.model)[place].register_forward_hook(pass_by, with_kwargs=True)
+    assert not torch.allclose(logits(student, kind), before, atol=1e-5)
     assert (logits(small, kind) - logits(student, kind)).abs().max() < 1e-5
 
 

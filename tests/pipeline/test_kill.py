@@ -45,6 +45,12 @@ def artifact(run: Path) -> str:
     return json.loads((run / "bundle" / "edgekd.json").read_text())["artifact"]["sha256"]
 
 
+def decisions(run: Path) -> list[tuple[str, bool, str]]:
+    """What the guard decided at each stage that is finished, in its own words: figures and all."""
+    entries = [json.loads(file.read_text())["entry"] for file in sorted(run.glob("0[1-3]-*/stage.json"))]
+    return [(entry["stage"], entry["kept"], entry["why"]) for entry in entries]
+
+
 def test_a_killed_run_ends_with_the_same_artifact(make_recipe, tmp_path):
     stages = make_recipe().to_dict()["stages"]
     stages[1]["distill"].update(epochs=4, checkpoint_steps=3)
@@ -55,9 +61,13 @@ def test_a_killed_run_ends_with_the_same_artifact(make_recipe, tmp_path):
     kills = [killed_at(recipe, run, place) for place in KILLED_AT]
     assert sum(kills) >= 3, f"the run was killed only at {kills} of {KILLED_AT}"
     assert not (run / "manifest.json").exists()
+    decided = decisions(run)
+    assert decided
     ended = subprocess.run(command(recipe, run), env=environment(), capture_output=True, check=False)
     assert ended.returncode in (0, 3, 5), ended.stderr
     assert artifact(run) == artifact(tmp_path / "whole")
+    assert decisions(run)[: len(decided)] == decided, "decisions are taken up, not made again"
+    assert [each[:2] for each in decisions(run)] == [each[:2] for each in decisions(tmp_path / "whole")]
 
 
 def test_two_processes_cannot_share_a_run(make_recipe, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -112,7 +113,7 @@ def test_running_again_does_nothing_and_says_so(finished, make_recipe):
 def test_a_changed_setting_runs_only_what_depends_on_it(finished, make_recipe, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished.folder, run)
-    stages = [*make_recipe().to_dict()["stages"][:2], {"quantize": {"lowering": "int8_static"}}]
+    stages = [*make_recipe().to_dict()["stages"][:2], {"quantize": {"lowering": "int8_static", "force": True}}]
     lines = Lines()
     result = compress(make_recipe(stages=stages), run, progress=lines)
     assert "prune: done before, taken from 01-prune" in lines.said
@@ -158,22 +159,33 @@ def test_a_missed_accuracy_floor_gives_code_4(make_recipe, tmp_path):
     assert result.manifests["local"]["accuracy_floor_met"] is False
 
 
-def test_a_missed_latency_leads_to_a_tighter_round(make_recipe, tmp_path, monkeypatch):
-    seen = []
+def test_a_missed_latency_leads_to_a_tighter_round_with_the_same_supernet(make_recipe, tmp_path, monkeypatch):
+    seen, trained = [], []
+
+    def train(self, student, ctx):
+        trained.append(ctx.strictness)
+        model = copy.deepcopy(student.model)
+        model.classifier.bias.data += 1.0
+        return replace(student, model=model)
 
     def plan(settings, student, ctx):
-        seen.append(ctx.strictness)
+        seen.append((ctx.strictness, float(student.model.classifier.bias.data.mean())))
         return replace(student, plan=student.arch)
 
+    monkeypatch.setattr("edgekd.supernet.Supernet.run", train)
     monkeypatch.setattr("edgekd.search.strategy.choose", plan)
-    stages = [{"search": {}}, {"prune": {"samples": 8}}]
+    stages = [{"supernet": {}}, {"search": {}}, {"prune": {"samples": 8}}]
     budget = {"speedup": 50, "sequence": 16, "threads": 1, "max_rounds": 2}
     result = compress(make_recipe(stages=stages, budget=budget), tmp_path / "run")
+    assert trained == [1.0]
     assert len(seen) == 2
-    assert seen[0] == 1.0
-    assert seen[1] < 0.1
+    assert seen[0][0] == 1.0
+    assert seen[1][0] < 0.1
+    assert seen[0][1] == seen[1][1] > 0.5, "both rounds start from the supernet's weights"
     assert [entry["round"] for entry in result.manifests["local"]["rounds"]] == [1, 2]
-    assert (tmp_path / "run" / "01-search-round2").is_dir()
+    assert (tmp_path / "run" / "02-search-round2").is_dir()
+    assert not (tmp_path / "run" / "01-supernet-round2").exists()
+    assert not result.manifests["local"]["ledger"][-1]["kept"], "cutting nothing away gains nothing"
 
 
 def test_a_budget_out_of_reach_leaves_a_verdict_and_no_bundle(make_recipe, tmp_path, monkeypatch):

@@ -177,7 +177,17 @@ def test_an_estimate_is_called_one_and_its_files_ship(make_recipe, compiler, tmp
     assert CAVEAT in latency["notes"]
     assert "the teacher was compiled in the same form (int8_qdq)" in latency["notes"][-1]
     assert (latency["batch"], latency["sequence"]) == (1, 12)
-    assert len(compiler.compiled) == 2
+    assert len(compiler.compiled) == 4, "the teacher and the student for the ledger, and both for the result"
+    prune, quantize = manifest["ledger"]
+    assert [prune[side]["latency"]["kind"] for side in ("before", "after")] == ["vendor_estimate"] * 2
+    assert prune["after"]["latency"]["ratio"] == pytest.approx(
+        prune["after"]["size_bytes"] / prune["before"]["size_bytes"], rel=1e-3
+    )
+    assert "ratio_ci99" not in prune["after"]["latency"], "one figure has no interval"
+    assert prune["kept"]
+    assert "(vendor estimate, no interval)" in prune["why"]
+    assert quantize["kept"]
+    assert "runs no float form" in quantize["why"]
     assert manifest["estimate"]["artifact"]["options"] == {"soc": "77"}
     assert manifest["estimate"]["teacher"]["ms"] == pytest.approx(latency["teacher_p50_ms"], rel=1e-4)
     assert manifest["artifact"]["device"] == ["device/model.bin"]

@@ -10,16 +10,21 @@ import torch
 from edgekd.arch import Arch, Layer
 from edgekd.calibrate.shapes import chains, short_chains
 from edgekd.context import Budget, Context, Silent
-from edgekd.data import DataSpec
+from edgekd.data import DataSpec, Examples
 from edgekd.devices import Estimate, usual_threads
 from edgekd.errors import BudgetError, RecipeError, TargetError
 from edgekd.latency.stats import Samples
 from edgekd.latency.table import Conditions, LatencyTable, Point, frame_of
 from edgekd.pipeline.setup import prepare
-from edgekd.search import Search, reference, strategy
-from edgekd.search.space import Steps, depth_chain, importance_widths, uniform_widths, with_layers
-from edgekd.surgery import Importance
+from edgekd.search import Search, predictor, reference, strategy, timing, tryout
+from edgekd.search.greedy import depth_chain, importance_widths, uniform_widths
+from edgekd.search.halving import Finalist
+from edgekd.search.space import Steps, with_layers
+from edgekd.student import load_student
+from edgekd.surgery import Importance, cut, measure_importance
+from edgekd.surgery.sample import sample_batches
 from edgekd.target import load_target
+from edgekd.tasks import get_task
 
 ARCH = Arch(
     family="bert",
@@ -127,9 +132,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, bias: float = 1.0) -> None:
         self.bias, self.teacher_ms, self.shapes = bias, 10.0, {}
-        for module in (strategy, reference):
-            monkeypatch.setattr(module, "build_graph", self.build)
-        monkeypatch.setattr(reference, "measure", self.measure)
+        monkeypatch.setattr(timing, "build_graph", self.build)
+        monkeypatch.setattr(timing, "measure", self.measure)
 
     def build(self, body, arch, frame, ctx, output):
         output.touch()
@@ -143,7 +147,7 @@ class Clock:
         def ms(subject):
             if subject.name == "teacher":
                 return self.teacher_ms
-            bias = self.bias if subject.name == "student" else 1.0
+            bias = self.bias if subject.name.startswith("student") else 1.0
             return self.cost(self.shapes[subject.path]) * bias
 
         return [
@@ -154,7 +158,7 @@ class Clock:
 @pytest.mark.parametrize("bias", [1.0, 1.15, 0.85])
 def test_the_measured_latency_of_the_choice_is_just_under_the_budget(context, monkeypatch, bias):
     clock = Clock(monkeypatch, bias)
-    student = Search(samples=16, neuron_step=4).run(context.teacher, context)
+    student = Search(finalists=0, samples=16, neuron_step=4).run(context.teacher, context)
     assert student.model is context.teacher.model
     speedup = clock.teacher_ms / (clock.cost(student.plan) * bias)
     assert 2.0 <= speedup < 2.0 / 0.85
@@ -164,14 +168,14 @@ def test_the_measured_latency_of_the_choice_is_just_under_the_budget(context, mo
 def test_p95_budgets_are_searched_the_same_way(context, monkeypatch):
     clock = Clock(monkeypatch)
     ctx = replace(context, budget=Budget(latency_p95_ms=4.0, sequence=16))
-    plan = Search(samples=16, neuron_step=4).run(ctx.teacher, ctx).plan
+    plan = Search(finalists=0, samples=16, neuron_step=4).run(ctx.teacher, ctx).plan
     assert 0.85 * 4.0 < clock.cost(plan) <= 4.0
 
 
 def test_a_stricter_round_chooses_a_smaller_shape(context, monkeypatch):
     clock = Clock(monkeypatch)
-    loose = Search(samples=16, neuron_step=4).run(context.teacher, context).plan
-    strict = Search(samples=16, neuron_step=4).run(context.teacher, replace(context, strictness=0.8)).plan
+    loose = Search(finalists=0, samples=16, neuron_step=4).run(context.teacher, context).plan
+    strict = Search(finalists=0, samples=16, neuron_step=4).run(context.teacher, replace(context, strictness=0.8)).plan
     assert clock.cost(strict) < 0.9 * clock.cost(loose)
 
 
@@ -179,24 +183,24 @@ def test_an_impossible_budget_names_the_nearest_point(context, monkeypatch):
     Clock(monkeypatch)
     ctx = replace(context, budget=Budget(speedup=500.0, sequence=16))
     with pytest.raises(BudgetError, match=r"speedup of 500 .* out of reach on local: the nearest point is [0-9.]+×"):
-        Search(samples=16).run(ctx.teacher, ctx)
+        Search(finalists=0, samples=16).run(ctx.teacher, ctx)
     ctx = replace(context, budget=Budget(latency_p95_ms=0.01, sequence=16))
     with pytest.raises(BudgetError, match=r"p95 of 0.01 ms .* the nearest point is [0-9.]+ ms"):
-        Search(samples=16).run(ctx.teacher, ctx)
+        Search(finalists=0, samples=16).run(ctx.teacher, ctx)
 
 
 def test_the_latency_table_is_measured_once_and_read_again(context, monkeypatch):
     clock = Clock(monkeypatch)
-    Search(samples=16, checks=0).run(context.teacher, context)
+    Search(finalists=0, samples=16, checks=0).run(context.teacher, context)
     built = len(clock.shapes)
     again = replace(context, notes={})
-    Search(samples=16, checks=0).run(again.teacher, again)
+    Search(finalists=0, samples=16, checks=0).run(again.teacher, again)
     assert len(clock.shapes) == built
     with pytest.raises(RecipeError, match="there is no latency table at 'nowhere.json'"):
-        Search(table="nowhere.json").run(context.teacher, context)
+        Search(finalists=0, table="nowhere.json").run(context.teacher, context)
     next(context.cache.glob("latency-*.json")).write_text("{}")
     with pytest.raises(RecipeError, match="is not what search wrote there"):
-        Search(samples=16).run(context.teacher, context)
+        Search(finalists=0, samples=16).run(context.teacher, context)
 
 
 def saved_table(context, clock, path, **conditions):
@@ -217,7 +221,11 @@ def test_a_table_made_before_is_used_and_brought_to_the_speed_of_now(context, mo
     clock = Clock(monkeypatch)
     saved_table(context, clock, tmp_path / "table.json")
     monkeypatch.setattr(clock, "cost", lambda arch, cost=clock.cost: 1.5 * cost(arch))
-    plan = Search(samples=16, neuron_step=4, table=str(tmp_path / "table.json")).run(context.teacher, context).plan
+    plan = (
+        Search(finalists=0, samples=16, neuron_step=4, table=str(tmp_path / "table.json"))
+        .run(context.teacher, context)
+        .plan
+    )
     assert context.notes["table"] == "table.json"
     assert 2.0 <= clock.teacher_ms / clock.cost(plan) < 2.0 / 0.85
     assert len([path for path in clock.shapes if path.stem.startswith("p")]) == 3
@@ -229,20 +237,24 @@ def test_a_table_of_other_conditions_is_refused_by_name_and_passed_over_otherwis
     for conditions, message in (({"threads": 7}, "made with 7 threads"), ({"cpu": "Other"}, "made on Other")):
         saved_table(context, clock, path, **conditions)
         with pytest.raises(RecipeError, match=message):
-            Search(samples=16, table=str(path)).run(context.teacher, context)
+            Search(finalists=0, samples=16, table=str(path)).run(context.teacher, context)
     monkeypatch.setattr(reference, "find_table", lambda name: path)
-    Search(samples=16, checks=0).run(context.teacher, context)
+    Search(finalists=0, samples=16, checks=0).run(context.teacher, context)
     assert context.notes["table"] == "measured for this search"
 
 
 def test_an_unavailable_target_needs_a_table(context, monkeypatch, tmp_path):
     clock = Clock(monkeypatch)
-    for module in (strategy, reference):
+    for module in (timing, reference):
         monkeypatch.setattr(module, "unavailable", lambda target: "it is not here")
     with pytest.raises(TargetError, match=r"local is unavailable: it is not here\. Give a table"):
-        Search(samples=16).run(context.teacher, context)
+        Search(finalists=0, samples=16).run(context.teacher, context)
     saved_table(context, clock, tmp_path / "table.json")
-    plan = Search(samples=16, neuron_step=4, table=str(tmp_path / "table.json")).run(context.teacher, context).plan
+    plan = (
+        Search(finalists=0, samples=16, neuron_step=4, table=str(tmp_path / "table.json"))
+        .run(context.teacher, context)
+        .plan
+    )
     assert clock.cost(context.teacher.arch) / clock.cost(plan) >= 2.0 * 0.99
     assert context.notes["table"] == "table.json, nothing was run"
 
@@ -259,10 +271,10 @@ def test_a_compiled_target_is_searched_by_estimates(context, monkeypatch):
         def __call__(self, body, arch, frame):
             return Estimate(ms=clock.cost(arch))
 
-    for module in (strategy, reference):
-        monkeypatch.setattr(module, "Estimator", Fake)
+    monkeypatch.setattr(timing, "Estimator", Fake)
+    for module in (timing, reference):
         monkeypatch.setattr(module, "is_estimated", lambda target: True)
-    plan = Search(samples=16, neuron_step=4).run(context.teacher, context).plan
+    plan = Search(finalists=0, samples=16, neuron_step=4).run(context.teacher, context).plan
     assert 2.0 <= clock.cost(context.teacher.arch) / clock.cost(plan) < 2.0 / 0.85
 
 
@@ -286,7 +298,141 @@ def test_wrong_settings_are_refused(settings, message):
 
 def test_a_fitted_table_predicts_additive_costs(context, monkeypatch):
     clock = Clock(monkeypatch)
-    Search(samples=16, checks=0).run(context.teacher, context)
-    predict = reference.read_reference(next(context.cache.glob("latency-*.json"))).predictor()
+    Search(finalists=0, samples=16, checks=0).run(context.teacher, context)
+    predict = predictor.read_reference(next(context.cache.glob("latency-*.json"))).predictor()
     shape = replace(context.teacher.arch, layers=context.teacher.arch.layers[:2])
     assert predict(shape) == pytest.approx(clock.cost(shape), rel=0.05)
+
+
+def test_what_operators_will_save_is_timed_and_predicted(context, monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def reshape(arch):
+        return replace(arch, layers=(*arch.layers[:-1], replace(arch.layers[-1], tokens=1)))
+
+    def shorter(arch, whole=clock.cost):
+        last = arch.layers[-1]
+        return whole(arch) - (0.3 + 0.2 * last.heads + 0.015 * last.neurons if last.tokens == 1 else 0.0)
+
+    monkeypatch.setattr(clock, "cost", shorter)
+    ctx = replace(context, reshape=reshape)
+    plan = Search(finalists=0, samples=16, neuron_step=4).run(ctx.teacher, ctx).plan
+    assert all(layer.plain for layer in plan.layers)
+    assert 2.0 <= clock.teacher_ms / shorter(reshape(plan)) < 2.0 / 0.9
+    assert len(ctx.notes["checks"]) == 1
+    predict = predictor.read_reference(next(ctx.cache.glob("latency-*.json"))).predictor(reshape)
+    layers = ctx.teacher.arch.layers
+    for shape in (replace(ctx.teacher.arch, layers=layers[:2]), replace(ctx.teacher.arch, layers=layers[1:2])):
+        assert predict(shape) == pytest.approx(shorter(reshape(shape)), rel=0.05)
+
+
+def test_the_residual_stream_is_narrowed_where_the_recipe_lets_it(context, monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(clock, "cost", lambda arch, cost=clock.cost: cost(arch) * (arch.hidden / 32) ** 0.7)
+    monkeypatch.setattr(
+        strategy, "PROXIES", {"kl": lambda evidence: lambda arch: abs(arch.hidden - 24) + len(arch.layers)}
+    )
+    plan = Search(finalists=0, samples=16, neuron_step=4, hidden_step=8).run(context.teacher, context).plan
+    assert plan.hidden == 24
+    assert 2.0 <= clock.teacher_ms / clock.cost(plan) < 2.0 / 0.9
+    reference = predictor.read_reference(next(context.cache.glob("latency-*.json")))
+    assert reference.hidden == (16, 24, 32)
+    shape = replace(context.teacher.arch, hidden=24)
+    assert reference.predictor()(shape) == pytest.approx(clock.cost(shape), rel=0.05)
+
+
+def test_the_stages_of_a_convolutional_net_are_narrowed_together(context, make_model, monkeypatch):
+    teacher = load_student(make_model("resnet"), auto_class="AutoModelForImageClassification")
+    clock = Clock(monkeypatch)
+
+    def cost(arch):
+        return (0.5 + sum(0.2 + 0.05 * layer.neurons for layer in arch.layers)) * arch.hidden / teacher.arch.hidden
+
+    monkeypatch.setattr(clock, "cost", cost)
+    clock.teacher_ms = cost(teacher.arch)
+    generator = np.random.default_rng(0)
+    task = get_task("image-classification")
+    processor = task.load_processor(make_model("resnet"))
+    noise = generator.integers(0, 255, (24, 8, 8), dtype=np.uint8)
+    data = task.encode(processor, Examples(columns={"image": list(noise)}, labels=np.arange(24) % 2), None)
+    ctx = replace(context, teacher=teacher, task=task, processor=processor, train=data, validation=data)
+    monkeypatch.setattr(strategy, "PROXIES", {"kl": lambda evidence: lambda arch: float(arch.hidden)})
+    plan = Search(finalists=0, samples=16, hidden_step=8, strategy="greedy").run(teacher, ctx).plan
+    assert plan.hidden < teacher.arch.hidden
+    assert plan.channels[-1] == plan.hidden
+    assert 2.0 <= clock.teacher_ms / cost(plan) < 2.0 / 0.9
+    importance = measure_importance(teacher, [{"pixel_values": torch.randn(2, 1, 8, 8)}])
+    assert cut(teacher, plan, importance).arch.channels == plan.channels
+
+
+def test_finalists_are_distilled_once_and_the_front_is_kept(context, monkeypatch):
+    clock = Clock(monkeypatch)
+    settings = Search(finalists=3, finalist_steps=7, samples=16, neuron_step=16, trials=6, population=4)
+    plan = settings.run(context.teacher, context).plan
+    assert 2.0 <= clock.teacher_ms / clock.cost(plan) < 2.0 / 0.85
+    standings = context.notes["finalists"]
+    assert [row["rung"] for row in standings] == [1, 1, 0]
+    assert standings[0]["divergence"] <= standings[1]["divergence"]
+    assert len({row["shape"].split()[0] for row in standings}) == 2
+    assert {path.name for path in context.work.glob("front.*")} == {"front.json", "front.csv", "front.svg"}
+    assert any(row["chosen"] for row in context.notes["front"])
+    assert f"{plan.describe()}" == context.notes["shape"]
+    assert "finalists" in context.notes["reason"]
+    monkeypatch.setattr(tryout, "recover", lambda *parts: pytest.fail("trained again"))
+    again = replace(context, notes={})
+    assert settings.run(again.teacher, again).plan == plan
+    assert again.notes["finalists"] == standings
+
+
+def test_finalists_are_judged_by_validation_and_trained_on_as_much_as_is_said(context, monkeypatch):
+    seen = []
+
+    def recover(settings, student, ctx):
+        seen.append((settings.epochs, len(ctx.train), ctx.test))
+        return student
+
+    monkeypatch.setattr(tryout, "recover", recover)
+    monkeypatch.setattr(tryout, "BATCH_SIZE", 8)
+    importance = measure_importance(context.teacher, sample_batches(context.train, 16, seed=0))
+    trial = tryout.Tryout(context.teacher, importance, {}, context, "label")
+    whole = Finalist(arch=context.teacher.arch)
+    assert trial(whole, 0, 4) == pytest.approx(0.0, abs=1e-6)
+    less = replace(context.teacher.arch, layers=context.teacher.arch.layers[:1])
+    assert trial(Finalist(arch=less), 0, 4) > 1e-5
+    trial(whole, 1, 8)
+    trial(whole, 2, 16)
+    assert seen == [(1, 32, None), (1, 32, None), (1, 64, None), (2, 96, None)]
+    parts = [trial.data(rung, 4 * 2**rung)[0] for rung in (0, 1)]
+    assert parts[0].fingerprint != parts[1].fingerprint
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_a_checkpoint_within_the_budget_takes_part_and_may_win(context, monkeypatch, wins, tmp_path):
+    clock = Clock(monkeypatch)
+    small = cut_teacher(context, 1)
+    small.save(tmp_path / "small")
+    context.teacher.save(tmp_path / "large")
+    monkeypatch.setattr(
+        "edgekd.search.tournament.Tryout",
+        lambda *parts: lambda finalist, rung, steps: float(bool(finalist.source) != wins),
+    )
+    names = [str(tmp_path / "small"), str(tmp_path / "large")]
+    settings = Search(finalists=2, samples=16, neuron_step=4, init=names)
+    student = settings.run(context.teacher, context)
+    rows = [row for row in context.notes["checks"] if "checkpoint" in row]
+    assert [row["used"] <= 1 for row in rows] == [True, False]
+    assert [row["checkpoint"] for row in context.notes["finalists"]].count(names[0]) == 1
+    assert names[1] not in [row["checkpoint"] for row in context.notes["finalists"]]
+    if wins:
+        assert student.plan == student.arch != context.teacher.arch
+        assert len(student.arch.layers) == 1
+        assert student.model is not context.teacher.model
+    else:
+        assert student.model is context.teacher.model
+        assert 2.0 <= clock.teacher_ms / clock.cost(student.plan) < 2.0 / 0.85
+
+
+def cut_teacher(context: Context, depth: int):
+    arch = context.teacher.arch
+    importance = measure_importance(context.teacher, sample_batches(context.train, 16, seed=0))
+    return cut(context.teacher, replace(arch, layers=arch.layers[:depth]), importance)

@@ -14,12 +14,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def minilm(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, *, relation_heads: int = 48) -> Tensor:
+def minilm(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    relation_heads: int = 48,
+    teacher_layer: int = 0,
+) -> Tensor:
     """KL between the Q-Q, K-K and V-V relations of one layer; mean over relation heads and valid tokens, summed.
 
     Queries, keys and values come as `[B, S, D]` with all heads side by side and are split into relation heads
     again, so widths and head counts may differ: the number of relation heads is the largest common divisor of both
-    widths that does not exceed `relation_heads`. Padded rows and columns are left out.
+    widths that does not exceed `relation_heads`. Padded rows and columns are left out. The student's layer is the last,
+    the teacher's the one that `teacher_layer` says, counted from 1 (0: the last; for large teachers the paper takes an
+    upper middle one, 21 of 24): the wiring has chosen them before queries, keys and values come here.
 
     Wang et al. 2021, "MiniLMv2: Multi-Head Self-Attention Relation Distillation", arXiv:2012.15828.
     """

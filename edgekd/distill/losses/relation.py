@@ -1,4 +1,4 @@
-"""Losses on the relations between the samples of a batch, by their embeddings `[B, K]`; widths may differ."""
+"""Losses on relations between the samples of a batch; widths may differ."""
 
 from __future__ import annotations
 
@@ -41,4 +41,6 @@ def _angles(embeddings: Tensor) -> Tensor:
     return directions @ directions.transpose(1, 2)
 
 
-RELATION = table(Loss(name="rkd", function=rkd, needs=("embedding",)))
+RELATION = table(
+    Loss(name="rkd", function=rkd, needs=("embedding",)),
+)

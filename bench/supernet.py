@@ -1,0 +1,142 @@
+"""Three budgets from one supernet against three runs of their own: accuracy, speedup, verdict and seconds of each.
+
+    python bench/supernet.py TEACHER --data DIR [--speedups 3 6 12] [--out bench/results/supernet.json]
+
+The first route trains a supernet once; for each budget, search, prune and a short distillation follow in the same run
+folder, where the supernet is found trained. The second route runs search, prune and a plain distillation anew for each
+budget. Both run `edgekd compress` as a user types it, with recipes that differ in these stages alone. A recipe has one
+budget for all its targets, so there is one command for each budget. `seconds` is the whole command; `stages` has the
+seconds of each stage that this command ran itself, and 0 for one taken up from before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgekd.files import write_json
+from edgekd.host import cpu_name, logical_cpus
+
+Options = argparse.Namespace
+
+
+def main() -> int:
+    """Run both routes for every budget and write what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--target", default="local")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[3.0, 6.0, 12.0])
+    parser.add_argument("--sequence", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--supernet-epochs", type=int, default=6)
+    parser.add_argument("--short-epochs", type=int, default=2, help="of distillation after the supernet")
+    parser.add_argument("--epochs", type=int, default=6, help="of distillation without a supernet")
+    parser.add_argument("--operators", action="store_true", help="with the operators stage in both routes")
+    parser.add_argument("--no-quantize", action="store_true")
+    parser.add_argument("--limit", type=int, help="at most so many training examples")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run, as in compress")
+    parser.add_argument("--keep", type=Path, help="keep the runs in this folder, and go on with what is there")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "supernet.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="edgekd-bench-") as scratch:
+        folder = options.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        routes: dict[str, list[dict[str, Any]]] = {"supernet": [], "separate": []}
+        for speedup in options.speedups:
+            for route, rows in routes.items():
+                out = folder / (route if route == "supernet" else f"{route}-{speedup:g}")
+                rows.append(run(recipe(route, speedup, options), out, options))
+                print(json.dumps({"route": route, **rows[-1]}), flush=True)
+                write(options, routes)
+    return 0
+
+
+def recipe(route: str, speedup: float, options: Options) -> dict[str, Any]:
+    """The recipe of one budget on one route."""
+    shared = route == "supernet"
+    stages: list[dict[str, Any]] = [{"supernet": {"epochs": options.supernet_epochs}}] if shared else []
+    stages += [{"search": {}}, {"prune": {}}, *([{"operators": {}}] if options.operators else [])]
+    stages += [{"distill": {"epochs": options.short_epochs if shared else options.epochs}}]
+    stages += [] if options.no_quantize else [{"quantize": {}}]
+    budget = {"speedup": speedup, "sequence": options.sequence, "threads": options.threads}
+    data = {"path": str(Path(options.data).absolute()), "limit": options.limit}
+    return {
+        "teacher": str(Path(options.teacher).absolute()),
+        "data": {key: value for key, value in data.items() if value is not None},
+        "targets": [options.target],
+        "budget": {key: value for key, value in budget.items() if value is not None},
+        "stages": stages,
+    }
+
+
+def run(settings: dict[str, Any], out: Path, options: Options) -> dict[str, Any]:
+    """One `edgekd compress`: what it reached, and how long it took."""
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    before = finished(out)
+    changes = [argument for change in options.set for argument in ("--set", change)]
+    command = [sys.executable, "-m", "edgekd", "compress", "--recipe", str(file), *changes, "--out", str(out), "--json"]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = round(time.monotonic() - began, 1)
+    row: dict[str, Any] = {"speedup_asked": settings["budget"]["speedup"], "seconds": seconds, "exit": done.returncode}
+    if not done.stdout.strip():
+        return {**row, "error": done.stderr.strip().splitlines()[-1].replace(str(out), "RUN") if done.stderr else ""}
+    answer = json.loads(done.stdout)
+    manifest = json.loads((Path(next(iter(answer["bundles"].values()))) / "edgekd.json").read_text("utf-8"))
+    entries = {entry["stage"]: entry for entry in manifest["ledger"]}
+    latency, quality = manifest["latency"][0], manifest["quality"]
+    return {
+        **row,
+        "verdict": answer["verdict"][0]["status"],
+        "speedup": latency.get("speedup"),
+        "speedup_ci99": latency.get("speedup_ci99"),
+        "p50_ms": latency.get("p50_ms"),
+        "metric": quality["value"],
+        "metric_ci95": quality.get("ci95"),
+        "split": quality.get("split"),
+        "teacher_metric": manifest["teacher"]["value"],
+        "shape": manifest["artifact"]["shape"],
+        "lowering": manifest["artifact"]["lowering"],
+        "stages": {name: 0 if name in before else entry.get("seconds") for name, entry in entries.items()},
+    }
+
+
+def finished(out: Path) -> set[str]:
+    """Stages that do not depend on the budget and are in the run folder already."""
+    return {"supernet"} if list(out.glob("*-supernet")) else set()
+
+
+def write(options: Options, routes: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the rows so far, with the totals of each route."""
+    facts = {
+        "teacher": Path(options.teacher).name,
+        "data": Path(options.data).name,
+        "target": options.target,
+        "epochs": {
+            "supernet": options.supernet_epochs,
+            "distill_after_supernet": options.short_epochs,
+            "distill_separate": options.epochs,
+        },
+        "limit": options.limit,
+        "set": options.set,
+        "machine": {"cpu": cpu_name(), "cpus": len(logical_cpus()), "python": platform.python_version()},
+        "seconds": {route: round(sum(row["seconds"] for row in rows), 1) for route, rows in routes.items()},
+        **routes,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.out, facts)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

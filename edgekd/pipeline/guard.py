@@ -1,0 +1,115 @@
+"""The no-gain guard: a stage stays only if what would ship got better in something that the stage is there for.
+
+`buys` of a stage names what that is. Latency: the 99 % interval of the ratio of medians, after over before in one
+interleaved run, lies wholly below 1; of two estimates, the later is lower. Size: at least 1 % smaller. Metric: higher
+on validation, or not lower and the answers nearer to the teacher's (KL divergence). One of them is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekd.pipeline.artifact import float_forms
+from edgekd.pipeline.sides import Scale, Side, weigh
+from edgekd.stages import Stage
+from edgekd.student import Student
+
+SMALLER = 0.01
+"""The least share of its size that an artifact must lose to count as smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Whether a stage's result goes on, whether only `force` made it so, and why, in one sentence."""
+
+    kept: bool
+    forced: bool
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the ledger says of it."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Look:
+    """One thing that a stage buys: whether it was gained (None: not known), and the figures."""
+
+    gained: bool | None
+    said: str
+
+
+def guard(
+    scale: Scale, stage: Stage, before: Student, after: Student, folder: Path
+) -> tuple[Side, Side, Decision | None]:
+    """Weigh what a stage made against what it was given, and decide; no decision for a stage that buys nothing.
+
+    Raises:
+        StageError, TargetError: as `weigh`.
+    """
+    sides = weigh(scale, before, after, folder)
+    if not stage.buys:
+        return *sides, None
+    if before.quantization is None and after.quantization is not None and not float_forms(scale.target):
+        why = f"kept because {scale.target.name} runs no float form, so the student is quantized in any case"
+        return *sides, Decision(kept=True, forced=False, why=why)
+    return *sides, decide(stage.buys, *sides, force=stage.force)
+
+
+def decide(buys: Sequence[str], before: Side, after: Side, *, force: bool = False) -> Decision:
+    """Judge a stage that buys at least one thing by the artifacts before and after it.
+
+    What cannot be known does not count against the stage: it is kept, and the reason says so. But what cannot be made
+    for the target any more is rolled back.
+    """
+    if after.problem and not before.problem:
+        kept = "kept because of force, though" if force else "rolled back because"
+        return Decision(kept=force, forced=force, why=f"{kept} it cannot be made for the target: {after.problem}")
+    looks = [JUDGES[name](before, after) for name in buys]
+    figures = "; ".join(look.said for look in looks)
+    if any(look.gained for look in looks):
+        return Decision(kept=True, forced=False, why=figures)
+    if any(look.gained is None for look in looks):
+        return Decision(kept=True, forced=False, why=f"kept though no gain is known: {figures}")
+    if force:
+        return Decision(kept=True, forced=True, why=f"kept because of force, though nothing was gained: {figures}")
+    return Decision(kept=False, forced=False, why=f"rolled back because nothing was gained: {figures}")
+
+
+def _latency(before: Side, after: Side) -> Look:
+    ratio, interval = after.latency.get("ratio"), after.latency.get("ratio_ci99")
+    if ratio is None:
+        reasons = dict.fromkeys(side.latency["reason"] for side in (before, after) if "reason" in side.latency)
+        return Look(None, f"latency could not be measured ({'; '.join(reasons)})")
+    figures = f"latency {before.latency['p50_ms']:.4g} → {after.latency['p50_ms']:.4g} ms, ratio {ratio:.3f}"
+    if interval is None:
+        kind = str(after.latency["kind"]).replace("_", " ")
+        return Look(ratio < 1, f"{figures} ({kind}, no interval)")
+    low, high = interval
+    return Look(high < 1, f"{figures} (99 % interval {low:.3f}–{high:.3f})")
+
+
+def _size(before: Side, after: Side) -> Look:
+    if before.size_bytes is None or after.size_bytes is None:
+        return Look(None, "size is not known")
+    gained = after.size_bytes <= (1 - SMALLER) * before.size_bytes
+    change = after.size_bytes / before.size_bytes - 1
+    return Look(gained, f"size {before.size_bytes / 1e6:.2f} → {after.size_bytes / 1e6:.2f} MB ({change:+.1%})")
+
+
+def _metric(before: Side, after: Side) -> Look:
+    if before.metric is None or after.metric is None:
+        return Look(None, "metric is not known")
+    nearer = before.divergence is not None and after.divergence is not None and after.divergence < before.divergence
+    gained = after.metric > before.metric or (after.metric == before.metric and nearer)
+    figures = f"metric {before.metric:.4f} → {after.metric:.4f}"
+    if before.divergence is not None and after.divergence is not None:
+        figures += f", KL to the teacher {before.divergence:.4g} → {after.divergence:.4g}"
+    return Look(gained, figures)
+
+
+JUDGES: dict[str, Callable[[Side, Side], Look]] = {"latency": _latency, "size": _size, "metric": _metric}
+"""What a stage may buy, by the name it goes by in `buys`."""

@@ -1,0 +1,219 @@
+"""Candidates: who proposes shapes under a limit, their scores, and which of them deserve a closer look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from edgekd.arch import Arch
+from edgekd.errors import RecipeError
+from edgekd.search import Search
+from edgekd.search.front import Candidate
+from edgekd.search.greedy import depth_chain, importance_widths, stepped, uniform_widths
+from edgekd.search.space import Predict, Score, Space, Steps, with_hidden, with_layers
+from edgekd.search.variants import plain, variant_of, vary
+from edgekd.surgery import Importance
+
+SHALLOW = 0.6
+"""Depths that use less than this share of the limit at full width are of no use."""
+FINEST = 4
+"""Neurons are never cut in finer steps than these, unless the recipe says so."""
+NEAR = 0.92
+"""Shapes that use less of a limit than this are searched for again in finer steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What a pool works with: the space and its steps, the proxy, predictions, and importance.
+
+    `sequence` are the tokens of one example. `subsets` gives the layers to keep for a depth, where only some subsets
+    were trained; without it they are found by the score. `evolve` looks for shapes under a limit, from some to
+    start with; `allocate` gives the shape for some kept layers (None: any) under a limit, None where it cannot.
+    """
+
+    space: Space
+    steps: Steps
+    score: Score
+    predict: Predict
+    importance: Importance
+    sequence: int | None = None
+    subsets: Callable[[int], tuple[int, ...]] | None = None
+    evolve: Callable[[float, Sequence[Arch]], list[Candidate]] = lambda limit, starts: []
+    allocate: Callable[[Sequence[int] | None, float], Arch | None] = lambda kept, limit: None
+
+
+class Pool:
+    """Proposes shapes and remembers the score of every one that was proposed."""
+
+    def __init__(self, settings: Search, means: Means) -> None:
+        self.settings, self.means = settings, means
+        self.known: dict[Arch, Candidate] = {}
+        self._chain: list[tuple[int, ...]] = []
+        self._evolved = False
+
+    @cached_property
+    def strategy(self) -> str:
+        """The strategy in use: `auto` looks at everything where that is little.
+
+        Raises:
+            RecipeError: everything is asked for, and that is too much.
+        """
+        size, most = self.means.space.size, self.settings.exhaustive_limit
+        if self.settings.strategy == "exhaustive" and size > most:
+            raise RecipeError(
+                f"there are {size} shapes, and exhaustive_limit is {most}: raise it, take larger head_step and "
+                "neuron_step, or choose another strategy"
+            )
+        return "exhaustive" if self.settings.strategy == "auto" and size <= most else self.settings.strategy
+
+    def under(self, limit: float) -> list[Candidate]:
+        """Shapes under a limit (predicted milliseconds), the lowest proxy first."""
+        for shape, by in self._proposed(limit):
+            self.candidate(shape, by)
+        found = [candidate for candidate in self.known.values() if candidate.predicted_ms <= limit]
+        return sorted(found, key=lambda candidate: candidate.proxy)
+
+    def ranked(self, limit: float) -> list[Candidate]:
+        """Shapes under a limit, the best first: those whose layers could use it up before those that cannot."""
+        return sorted(self.under(limit), key=lambda candidate: (not self._able(candidate.arch, limit), candidate.proxy))
+
+    def _able(self, shape: Arch, limit: float) -> bool:
+        full = {layer.source: layer for layer in self.means.space.arch.layers}
+        widest = replace(shape, layers=tuple(full[layer.source] for layer in shape.layers))
+        return self.means.predict(vary(variant_of(shape), widest, self.means.sequence)) >= NEAR * limit
+
+    def candidate(self, shape: Arch, by: str) -> Candidate:
+        """A shape with its score."""
+        if shape not in self.known:
+            score, ms = self.means.score(shape), self.means.predict(shape)
+            self.known[shape] = Candidate(arch=shape, proxy=score, predicted_ms=ms, by=by)
+        return self.known[shape]
+
+    def field(self, limit: float, count: int) -> list[Candidate]:
+        """At most so many shapes for a closer look: the best of every kind first, then the next best.
+
+        Kinds are depths, widths of the residual stream and variants: the proxy is not trusted between them.
+        """
+        ranked = self.ranked(limit)
+        able = [candidate for candidate in ranked if self._able(candidate.arch, limit)]
+        ranked = able or ranked
+        best: dict[tuple[int, int, str], Candidate] = {}
+        for candidate in ranked:
+            kind = len(candidate.arch.layers), candidate.arch.hidden, variant_of(candidate.arch)
+            best.setdefault(kind, candidate)
+        named = {variant_of(candidate.arch): candidate for candidate in reversed(best.values())}
+        first = [named[name] for name in self.settings.variants if name in named]
+        chosen = list(dict.fromkeys([*ranked[:1], *first, *best.values(), *ranked]))
+        return sorted(chosen[:count], key=lambda candidate: candidate.proxy)
+
+    def fitted(self, shape: Arch, limit: float, avoid: Sequence[Arch] = ()) -> Arch | None:
+        """The best shape near another one, with the same layers, that uses up a limit; finer steps where needed."""
+        space, steps = self.means.space, self.means.steps
+        while True:
+            found = [
+                self.candidate(near, "fitted") for near in self._near(shape, limit, space, steps) if near not in avoid
+            ]
+            close = [candidate for candidate in found if candidate.predicted_ms >= NEAR * limit]
+            finer = self._finer(steps)
+            if close or finer == steps:
+                break
+            steps = finer
+            space = Space.of(
+                space.arch, space.droppable, steps, min_layers=space.min_layers, hidden=space.hidden, order=space.order
+            )
+        if close:
+            return min(close, key=lambda candidate: candidate.proxy).arch
+        if found:
+            return max(found, key=lambda candidate: candidate.predicted_ms).arch
+        least = replace(shape, layers=tuple(steps.smallest(layer) for layer in shape.layers))
+        return least if least not in avoid else None
+
+    def _finer(self, steps: Steps) -> Steps:
+        """Half of the steps, where the recipe does not state them."""
+        heads = max(steps.heads // 2, 1) if self.settings.head_step is None else steps.heads
+        finest = min(steps.neurons, FINEST)
+        neurons = max(steps.neurons // 2, finest) if self.settings.neuron_step is None else steps.neurons
+        return Steps(heads, neurons)
+
+    def _near(self, shape: Arch, limit: float, space: Space, steps: Steps) -> Iterator[Arch]:
+        name, means = variant_of(shape), self.means
+        full = with_hidden(space.arch, shape.hidden)
+        sources = {layer.source for layer in shape.layers}
+        kept = [i for i, layer in enumerate(full.layers) if layer.source in sources]
+
+        def predict(arch: Arch) -> float:
+            return means.predict(vary(name, arch, means.sequence))
+
+        options = [
+            stepped(plain(shape), limit, predict, space, means.importance),
+            uniform_widths(full, kept, limit, predict, steps),
+            importance_widths(full, kept, limit, predict, steps, means.importance),
+        ]
+        yield from (vary(name, option, means.sequence) for option in options if option is not None)
+
+    def _proposed(self, limit: float) -> Iterator[tuple[Arch, str]]:
+        if self.strategy == "exhaustive":
+            for shape in self.means.space.shapes():
+                if self.means.predict(shape) <= limit:
+                    yield shape, "exhaustive"
+            return
+        cheap = list(self._cheap(limit))
+        if self.strategy in ("auto", "evolution") and self.settings.trials and not self._evolved:
+            for candidate in self.means.evolve(limit, [shape for shape, _ in cheap if not variant_of(shape)]):
+                self.known.setdefault(candidate.arch, candidate)
+            self._evolved = True
+        # A shape proposed to start from belongs to the result of an evolution as well.
+        yield from cheap
+
+    def _cheap(self, limit: float) -> Iterator[tuple[Arch, str]]:
+        means = self.means
+        chain = self._layers(limit)
+        shapes = [means.allocate(kept, limit) for kept in (*chain, None)] if self.strategy != "greedy" else []
+        fitting = [
+            shape
+            for shape in shapes
+            if shape is not None and means.predict(shape) <= limit and len(shape.layers) >= means.space.min_layers
+        ]
+        yield from ((shape, "allocate") for shape in fitting)
+        if self.strategy == "allocate" and fitting:
+            return
+        for hidden in means.space.hidden:
+            yield from ((shape, "greedy") for shape in self._greedy(chain, hidden, limit, means.predict))
+        for name in self.settings.variants:
+            full = means.space.arch
+
+            def predict(arch: Arch, name: str = name) -> float:
+                return means.predict(vary(name, arch, means.sequence))
+
+            for shape in self._greedy(chain, full.hidden, limit, predict):
+                if (changed := vary(name, shape, means.sequence)) != shape:
+                    yield changed, name
+
+    def _greedy(self, chain: Sequence[tuple[int, ...]], hidden: int, limit: float, predict: Predict) -> Iterator[Arch]:
+        means = self.means
+        full = with_hidden(means.space.arch, hidden)
+        for kept in chain:
+            for shape in (
+                uniform_widths(full, kept, limit, predict, means.steps),
+                importance_widths(full, kept, limit, predict, means.steps, means.importance),
+            ):
+                if shape is not None:
+                    yield shape
+
+    def _layers(self, limit: float) -> list[tuple[int, ...]]:
+        """Layers to keep at every depth that is of use under the first limit asked for."""
+        if not self._chain:
+            space = self.means.space
+            fewest = len(space.arch.layers)
+            while (
+                fewest > space.min_layers
+                and self.means.predict(with_layers(space.arch, range(fewest))) > limit * SHALLOW
+            ):
+                fewest -= 1
+            if self.means.subsets is not None:
+                least = max(fewest, space.droppable.count(False))
+                self._chain = [self.means.subsets(depth) for depth in range(len(space.arch.layers), least - 1, -1)]
+            else:
+                self._chain = depth_chain(space.arch, space.droppable, self.means.score, fewest=fewest)
+        return self._chain
