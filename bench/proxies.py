@@ -338,7 +338,10 @@ def report(options: Options, bench: Bench, cost: Cost, shapes: Sequence[tuple[Ar
             "distillation_seconds": round(spent, 1),
             "importance_seconds": round(bench.importance_seconds, 1),
             "proxies": {
-                name: {"seconds": round(found["seconds"], 3), "times_faster": round(spent / found["seconds"], 1)}
+                name: {
+                    "seconds": round(found["seconds"], 3),
+                    "times_faster": round(spent / (found["seconds"] + bench.importance_seconds), 1),
+                }
                 for name, found in proxies.items()
             },
         },

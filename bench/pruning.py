@@ -3,7 +3,8 @@
     python bench/pruning.py                                   # digits, with a teacher made on the spot
     python bench/pruning.py TEACHER --data DIR --work FOLDER --speedups 2 3 4 6 8 12 --seeds 0 1 2
 
-Four ways to the same measured latency, each followed by the same operators and the same distillation:
+Four ways to the same predicted latency (the measured one is reported), each followed by the same operators and the
+same distillation:
 
     edgekd        search chooses layers, heads and neurons; prune cuts by the default criterion
     every_other   whole layers only: as many as fit, evenly spaced, full width
@@ -21,6 +22,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,6 +50,7 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     if options.teacher is None:
         options.teacher = str(digits_teacher(options.work / "teacher", options.data))
+    require_own_work(options)
     if options.phase in ("shapes", "all"):
         choose_shapes(options)
     if options.phase in ("train", "all"):
@@ -55,6 +58,17 @@ def main() -> int:
     if options.phase in ("measure", "all"):
         report(options, measure_all(options))
     return 0
+
+
+def require_own_work(options: argparse.Namespace) -> None:
+    """Refuse a work folder of another teacher, data or number of epochs: what is in it is taken as it is."""
+    from edgekd.files import sha256_folder
+
+    file = options.work / "settings.json"
+    settings = {"teacher": sha256_folder(Path(options.teacher)), "data": options.data, "epochs": options.epochs}
+    if file.is_file() and json.loads(file.read_text()) != settings:
+        raise SystemExit(f"{options.work} was made with other settings: choose another --work")
+    file.write_text(json.dumps(settings))
 
 
 def digits_teacher(folder: Path, data: str) -> Path:
@@ -116,9 +130,8 @@ def choose_shapes(options: argparse.Namespace) -> None:
         if f"edgekd-{speedup:g}" in shapes:
             continue
         setup, context = surroundings(options, speedup, 0, options.work / f"search-{speedup:g}")
-        search = Search()
+        search, began = Search(), time.monotonic()
         planned = search.run(setup.teacher, context)
-        began = time.monotonic()
         shapes[f"edgekd-{speedup:g}"] = {"arch": planned.plan.to_dict(), "notes": plain(context.notes)}
         predict = find_reference(search, setup.teacher, context).predictor(context.reshape)
         limit = predict(planned.plan)
@@ -285,7 +298,7 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 print(f"{arm:12} {speedup:5g}x measured {own[0]['speedup']:.2f}x  test {mean:.4f} "
                       f"± {spread or 0:.4f}  retained {mean / teacher:.2%}  {own[0]['shape']}")  # fmt: skip
     facts = {
-        "command": f"python bench/pruning.py {Path(options.teacher).name} --data {Path(options.data).name} --work WORK",
+        "command": " ".join(["python bench/pruning.py", *(Path(word).name for word in sys.argv[1:])]),
         "machine": {"cpu": cpu_name(), "cpus": len(logical_cpus()), "python": platform.python_version()},
         "epochs": options.epochs,
         "table": table,

@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--every", type=int, default=2, help="score on every so-many-th validation example")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -76,6 +76,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     facts = {
+        "command": f"python bench/pruning_criteria.py TEACHER DATA --samples {options.samples} --every {options.every}",
         "teacher": options.teacher.name,
         "data": options.data.name,
         "samples": options.samples,

@@ -54,8 +54,10 @@ def main() -> int:
         routes: dict[str, list[dict[str, Any]]] = {"supernet": [], "separate": []}
         for speedup in options.speedups:
             for route, rows in routes.items():
-                out = folder / (route if route == "supernet" else f"{route}-{speedup:g}")
-                rows.append(run(recipe(route, speedup, options), out, options))
+                kept = folder / f"{route}-{speedup:g}.json"
+                row = json.loads(kept.read_text("utf-8")) if kept.is_file() else None
+                rows.append(row or run(recipe(route, speedup, options), folder / route, options))
+                write_json(kept, rows[-1])
                 print(json.dumps({"route": route, **rows[-1]}), flush=True)
                 write(options, routes)
     return 0
@@ -90,9 +92,10 @@ def run(settings: dict[str, Any], out: Path, options: Options) -> dict[str, Any]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = round(time.monotonic() - began, 1)
     row: dict[str, Any] = {"speedup_asked": settings["budget"]["speedup"], "seconds": seconds, "exit": done.returncode}
-    if not done.stdout.strip():
-        return {**row, "error": done.stderr.strip().splitlines()[-1].replace(str(out), "RUN") if done.stderr else ""}
-    answer = json.loads(done.stdout)
+    answer = json.loads(done.stdout) if done.stdout.strip() else {}
+    if not answer.get("bundles"):
+        said = answer.get("error") or answer.get("verdict") or done.stderr.strip()[-300:]
+        return {**row, "error": str(said).replace(str(out), "RUN")}
     manifest = json.loads((Path(next(iter(answer["bundles"].values()))) / "edgekd.json").read_text("utf-8"))
     entries = {entry["stage"]: entry for entry in manifest["ledger"]}
     latency, quality = manifest["latency"][0], manifest["quality"]

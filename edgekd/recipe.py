@@ -206,7 +206,7 @@ def _override(draft: Draft, override: str) -> None:
         stages = [stage for stage in draft.get(("stages",)) or () if isinstance(stage, dict)]
         places = {name: index for index, stage in enumerate(stages) for name in stage}
         if at[1] not in places:
-            draft.found.append((source, f"{dotted_key}: {unknown('stage of this recipe', str(at[1]), places)}"))
+            draft.found.append((source, f"{dotted_key}: {_no_stage(str(at[1]), list(places))}"))
             return
         at = ("stages", places[at[1]], *at[1:])
     try:
@@ -216,6 +216,18 @@ def _override(draft: Draft, override: str) -> None:
         return
     draft.found += [(source, f"{dotted_key}: {mistake.text}") for mistake in document.mistakes]
     draft.put(at, document.value, "--set")
+
+
+def _no_stage(name: str, there: Sequence[str]) -> str:
+    """What to say of a setting for a stage that the recipe does not have."""
+    if name not in STAGES:
+        return unknown("stage of this recipe", name, there)
+    earlier = [stage for stage in list(STAGES)[: list(STAGES).index(name)] if stage in there]
+    return (
+        f"{name} is not among the stages of this recipe ({', '.join(map(str, there)) or 'none'}); to add it, write "
+        f"`- {name}: {{}}` {f'after {earlier[-1]}' if earlier else 'first'} in its list of stages "
+        "(`edgekd init` writes a recipe to start from)"
+    )
 
 
 def _check(draft: Draft, paths: bool) -> Recipe | None:

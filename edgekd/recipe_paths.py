@@ -54,8 +54,15 @@ def _targets(raw: Mapping[str, Any]) -> Iterator[Mistake]:
         at: At = ("targets", index)
         if not isinstance(name, str):
             continue
+        same = [other for other in names[:index] if isinstance(other, str) and Path(other).stem == Path(name).stem]
         if name in names[:index]:
             yield Mistake(at, f"{name!r} is already in the list")
+        elif same:
+            yield Mistake(
+                at,
+                f"{name!r} is a target named {Path(name).stem!r} like {same[0]!r}, so one bundle would overwrite the "
+                "other: rename one of the files",
+            )
         elif name.endswith((".yaml", ".yml")) or "/" in name:
             if not Path(name).is_file():
                 yield Mistake(at, f"there is no target file {name!r}")

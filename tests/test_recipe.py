@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from edgekd.recipe import (
     preset_text,
 )
 from edgekd.schema import Mistake, keys_of, read
+from edgekd.target import shipped_targets_dir
 
 ROOT = Path(__file__).parent.parent
 
@@ -265,6 +267,19 @@ def test_each_mistake_is_named_with_line_and_key(old, new, message):
     assert len(found) <= 2
 
 
+def test_two_targets_of_one_name_would_share_a_bundle(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copyfile(shipped_targets_dir() / "local.yaml", tmp_path / folder / "local.yaml")
+    one, other = (str(tmp_path / folder / "local.yaml") for folder in ("a", "b"))
+    for names in ([one, other], ["local", other]):
+        [line] = mistakes(changed("stages:", f"targets: {names}\nstages:"))
+        assert f"6: targets[1]: {other!r} is a target named 'local' like {names[0]!r}" in line
+        assert "rename one of the files" in line
+    shutil.move(other, tmp_path / "b" / "mine.yaml")
+    assert load(changed("stages:", f"targets: [{one}, {tmp_path / 'b' / 'mine.yaml'}]\nstages:"), paths=True)
+
+
 def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file():
     text = changed("speedup: 4", "speedup: fast\n  buget: 1").replace("teacher: ", "techer: ")
     text = text.replace("epochs: 2, learning_rate: 5e-5", "epochs: two, schedule: cosin").replace(
@@ -289,6 +304,12 @@ def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file():
         ("teacher.x=4", "--set: teacher.x: teacher is 'someone/teacher', it has no keys"),
         ("seed={", "--set: seed: not valid YAML: line 1, column 2: "),
         ("stages.distil.epochs=4", "--set: stages.distil.epochs: unknown stage of this recipe 'distil' (did you mean"),
+        (
+            "stages.vocabulary.min_count=2",
+            "--set: stages.vocabulary.min_count: vocabulary is not among the stages of this recipe (search, prune, "
+            "distill, quantize); to add it, write `- vocabulary: {}` after distill in its list of stages",
+        ),
+        ("stages.supernet.epochs=2", "--set: stages.supernet.epochs: supernet is not among the stages of this recipe"),
         ("stages.distill.epochs=many", "--set: stages.distill.epochs: expected a whole number"),
         ("stages.distill=many", "--set: stages.distill: expected a mapping with keys "),
         ("stages=many", "--set: stages: expected a list of `- name: {settings}`, got 'many'"),

@@ -88,12 +88,12 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
             budget_options,
             click.option(
                 "--lowering",
-                help="Form of the artifact to predict (search only) [default: what the target would ship].",
+                help="Form of the artifact to time (search and operators only) [default: what the target would ship].",
             ),
             click.option(
                 "--operators",
                 metavar="SETTINGS",
-                help="An operators stage to come, as in a recipe, e.g. '{}' (supernet, search and prune only).",
+                help="An operators stage to come, as in a recipe, e.g. '{}' (search only).",
             ),
             data_options,
             click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed."),

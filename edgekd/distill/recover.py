@@ -83,7 +83,9 @@ def with_copies(settings: Any, ctx: Context) -> tuple[Context, int]:
     if not copies:
         return ctx, 0
     data: Any = ctx.train
-    return replace(ctx, train=with_noise(data, copies, ctx.processor.hf.all_special_ids, seed=ctx.seed)), copies
+    tokenizer = ctx.processor.hf
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    return replace(ctx, train=with_noise(data, copies, special, seed=ctx.seed)), copies
 
 
 def turns(data: Encoded, copies: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 SMALLER = 0.99
 """A file is smaller if it has at most this share of the bytes: fewer nodes alone do not count."""
+CLEAR = 1.05
+"""A gain whose interval begins below this must hold in a second process: where models lie in memory has made copies of
+one file differ by up to 2 % in one."""
 EXAMPLES = 8
 """Examples from which ranges of activations are taken; time does not depend on them."""
 
@@ -60,6 +63,9 @@ def weigh(before: Path, after: Path, ctx: Context, *, force: bool) -> Verdict:
     One that is smaller but slower with certainty is kept only where the budget limits the size.
     """
     speedup, interval = time_pair(before, after, ctx)
+    if 1 < interval[0] < CLEAR:
+        again = time_pair(before, after, replace(ctx, seed=ctx.seed + 1))[1]
+        interval = min(interval[0], again[0]), max(interval[1], again[1])
     sizes = before.stat().st_size, after.stat().st_size
     faster, slower = interval[0] > 1, interval[1] < 1
     smaller = sizes[1] <= SMALLER * sizes[0]

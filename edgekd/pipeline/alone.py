@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from edgekd.context import Budget, Context, Progress, as_it_is
 from edgekd.data import DataSpec
 from edgekd.distill.processes import this_process
 from edgekd.errors import ModelError, StoreError
-from edgekd.files import explained, publish, write_json
+from edgekd.files import explained, publish, sha256_folder, sha256_json, write_json
 from edgekd.operators import Operators
 from edgekd.pipeline.artifact import build
-from edgekd.pipeline.setup import Setup, fitted, prepare, same_tokenizer
+from edgekd.pipeline.keys import FORESEES, contents, settings_of
+from edgekd.pipeline.setup import Setup, fitted, prepare
 from edgekd.pipeline.stages import check_promises, plain, take_along
 from edgekd.stages import STAGES, Stage
-from edgekd.student import Student, load_student
+from edgekd.student import Student, load_student, local_folder
 from edgekd.target import Target
 
 RECORD = "edgekd-stage.json"
@@ -37,7 +38,7 @@ class Alone:
     max_length: int | None = None
     seed: int = 0
     operators: Operators | None = None
-    """Settings of an operators stage to come, which the stage has to foresee."""
+    """Settings of an operators stage to come, which search foresees."""
 
 
 def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: Progress) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: 
 
     Raises:
         StoreError: `out` exists and is not the output of such a command.
-        ModelError: the stage compares the model with a teacher that has another tokenizer.
+        ModelError: the stage compares the model with a teacher that reads the texts as other tokens.
         EdgekdError: as the stage raises it.
     """
     final = Path(out)
@@ -54,21 +55,38 @@ def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: 
     setup = prepare(asked.teacher or asked.model, asked.data, max_length=asked.max_length, progress=progress)
     setup = fitted(setup, asked.target, asked.budget)
     student = load_student(asked.model, auto_class=setup.task.auto_class)
-    if not same_tokenizer(setup.teacher, student) and list(STAGES).index(name) < list(STAGES).index("vocabulary"):
-        raise ModelError(
-            f"{asked.model} reads texts with another tokenizer than {asked.teacher}, and {name} compares the two token "
-            f"by token: run {name} before vocabulary"
-        )
-    work = final.parent / f".{final.name}.work"
+    own = setup.for_student(student)
+    _require_same_tokens(name, own, setup, asked)
+    work = final.parent / f".{final.name}.work-{_key(name, stage, asked, setup)[:16]}"
     with explained("write", work):
         work.mkdir(parents=True, exist_ok=True)
-    context = _context(setup.for_student(student), asked, work, progress, needs_graph=name == "search")
+    context = _context(name, own, asked, work, progress)
     result = stage.run(student, context)
     record = {"stage": name, "shape": result.arch.describe(), "details": plain(context.notes)}
     if this_process().main:
         _publish(result, record, final, setup, work)
         shutil.rmtree(work)
     return {"out": str(final), **record}
+
+
+def _require_same_tokens(name: str, own: Setup, setup: Setup, asked: Alone) -> None:
+    """Refuse a stage before `vocabulary` whose student is fed other tokens than its teacher."""
+    before = list(STAGES).index(name) < list(STAGES).index("vocabulary")
+    if setup.task.kind != "text" or not before or own.train.fingerprint == setup.train.fingerprint:
+        return
+    raise ModelError(
+        f"{asked.model} reads the texts as other tokens than {asked.teacher}, and {name} compares the two token by "
+        f"token: give a teacher with the same tokenizer (what `edgekd vocabulary` makes has its own, so {name} comes "
+        "before it)"
+    )
+
+
+def _key(name: str, stage: Stage, asked: Alone, setup: Setup) -> str:
+    """Hash over all that goes into the stage: scratch of a killed command is taken up by the same command alone."""
+    model = setup.key["teacher"] if asked.teacher is None else sha256_folder(local_folder(asked.model))
+    settings = [settings_of(stage), None if asked.operators is None else settings_of(asked.operators)]
+    place = [asked.target.fingerprint, asdict(asked.budget), asked.lowering, asked.seed]
+    return sha256_json([name, settings, contents(stage), model, dict(setup.key), place])
 
 
 def _publish(result: Student, record: dict[str, Any], final: Path, setup: Setup, work: Path) -> None:
@@ -80,7 +98,8 @@ def _publish(result: Student, record: dict[str, Any], final: Path, setup: Setup,
     publish(draft, final, marker=RECORD)
 
 
-def _context(setup: Setup, asked: Alone, work: Path, progress: Progress, *, needs_graph: bool) -> Context:
+def _context(name: str, setup: Setup, asked: Alone, work: Path, progress: Progress) -> Context:
+    needs_graph, foreseen = name == "search", asked.operators if name in FORESEES else None
     graph = build(setup.teacher, setup.task, setup.validation, work / "teacher").file if needs_graph else None
     return Context(
         teacher=setup.teacher,
@@ -97,5 +116,5 @@ def _context(setup: Setup, asked: Alone, work: Path, progress: Progress, *, need
         teacher_graph=graph,
         lowering=asked.lowering,
         seed=asked.seed,
-        reshape=as_it_is if asked.operators is None else asked.operators.reshape,
+        reshape=as_it_is if foreseen is None else foreseen.reshape,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +15,11 @@ from edgekd.context import Progress, Silent
 from edgekd.devices import unavailable
 from edgekd.errors import BudgetError, EdgekdError, ModelError, StoreError, TargetError
 from edgekd.export.bundle import MANIFEST, read_manifest
-from edgekd.files import sha256_json, write_text
+from edgekd.files import explained, sha256_json, write_text
 from edgekd.latency.verdict import FAIL, PASS, Verdict
 from edgekd.pipeline.baseline import Baseline, baseline
 from edgekd.pipeline.finish import Judged, exit_code, final_artifact, judged, write_bundle
-from edgekd.pipeline.keys import FORMAT
+from edgekd.pipeline.keys import FORMAT, contents
 from edgekd.pipeline.setup import Setup, fitted, prepare
 from edgekd.pipeline.stages import Track, travel
 from edgekd.recipe import Recipe
@@ -103,7 +105,7 @@ def _run(run: RunFolder, recipe: Recipe, targets: list[Target], progress: Progre
         ready = ", ".join(str(outcome.bundle) for outcome in outcomes if outcome.bundle is not None) or "none"
         told = "; ".join(f"{name}: {text}" for name, text in troubles.items())
         raise TargetError(f"{told}. Bundles of the other targets: {ready}; the same command goes on from here")
-    return _finish(run, recipe, key, outcomes)
+    return _finish(run, recipe, key, outcomes, progress)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _one_target(
 ) -> _Outcome:
     suffix = f"-{target.name}" if len(recipe.targets) > 1 else ""
     whole, setup = setup, fitted(setup, target, recipe.budget)
-    strictness, rounds, known = 1.0, [], dict[str, Any]()
+    strictness, rounds, known = 1.0, list[dict[str, Any]](), dict[str, Any]()
     for number in range(1, recipe.max_rounds + 1):
         track = Track(
             run=run,
@@ -137,7 +139,11 @@ def _one_target(
         try:
             travelled = travel(track, recipe.stages, strictness=strictness)
         except BudgetError as error:
-            return _Outcome(target, None, None, None, Verdict(target.name, FAIL, str(error)))
+            if not rounds:
+                return _Outcome(target, None, None, None, Verdict(target.name, FAIL, str(error)))
+            rounds.append({"round": number, "strictness": strictness, "status": FAIL, "reason": str(error)})
+            progress.say(f"round {number}: {error}; what the round before made stays")
+            break
         progress.say("export and measure the artifact")
         work = run.begin(run.stage(len(recipe.stages) + 1, "bundle" + track.suffix, travelled.key))
         artifact = final_artifact(travelled.student, setup, target, recipe.budget, work)
@@ -178,7 +184,7 @@ def _overshoot(judgement: Judged, recipe: Recipe) -> float | None:
     return None
 
 
-def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome]) -> Result:
+def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome], progress: Progress) -> Result:
     verdicts = tuple(outcome.verdict for outcome in outcomes)
     reached = [outcome.judgement for outcome in outcomes if outcome.judgement is not None]
     code = 3 if len(reached) < len(outcomes) else exit_code(reached)
@@ -190,6 +196,7 @@ def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome]) 
         verdicts=verdicts,
         exit_code=code,
     )
+    _drop_earlier(run.path, bundles, progress)
     for outputs in (run.path / ".cache").glob("teacher-*"):
         shutil.rmtree(outputs) if outputs.is_dir() else outputs.unlink()
     write_report(run.path / "report.html", result.manifests, [v.to_dict() for v in verdicts], recipe.to_yaml())
@@ -206,8 +213,35 @@ def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome]) 
     return result
 
 
+def _drop_earlier(run: Path, bundles: Mapping[str, Path], progress: Progress) -> None:
+    """Remove the bundles that earlier recipes left in the run folder and this one did not make anew.
+
+    Such a bundle has a manifest and the name that a run gives it; anything else named `bundle…` is left alone.
+    """
+    current = {path.name for path in bundles.values()}
+    for folder in sorted(run.glob("bundle*")):
+        if folder.name in current or folder.is_symlink() or not _is_of_a_run(folder):
+            continue
+        progress.say(f"{folder.name}: of an earlier recipe, removed")
+        # Renamed first: a half-removed bundle would be taken for somebody else's folder.
+        removed = folder.with_name(f".{folder.name}.old-{secrets.token_hex(4)}")
+        with explained("remove", folder):
+            os.rename(folder, removed)
+            shutil.rmtree(removed)
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return folder.name in ("bundle", f"bundle-{manifest['latency'][0]['target']}")
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False
+
+
 def _run_key(recipe: Recipe, setup: Setup, targets: list[Target]) -> str:
-    return sha256_json([FORMAT, recipe.fingerprint(), dict(setup.key), [target.fingerprint for target in targets]])
+    named = [contents(stage) for stage in recipe.stages.values()]
+    places = [target.fingerprint for target in targets]
+    return sha256_json([FORMAT, recipe.fingerprint(), dict(setup.key), places, named])
 
 
 def report_again(folder: str | Path) -> Result:

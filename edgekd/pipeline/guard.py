@@ -2,12 +2,16 @@
 
 `buys` of a stage names what that is. Latency: the 99 % interval of the ratio of medians, after over before in one
 interleaved run, lies wholly below 1; of two estimates, the later is lower. Size: at least 1 % smaller. Metric: higher
-on validation, or not lower and the answers nearer to the teacher's (KL divergence). One of them is enough.
+on validation by more than chance among the examples that only one side gets right; if it is neither higher nor lower by
+that much, the answers must be nearer to the teacher's (KL divergence). One of them is enough.
+
+`operators` times each of its operators itself, in the form that is to ship: what it has measured counts there, since
+what is weighed here is the float form of the student.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,10 @@ from edgekd.student import Student
 
 SMALLER = 0.01
 """The least share of its size that an artifact must lose to count as smaller."""
+
+
+PAYS = "kept:"
+"""How the reason begins for which `operators` kept what pays; `kept because …` is another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +51,14 @@ class Look:
 
 
 def guard(
-    scale: Scale, stage: Stage, before: Student, after: Student, folder: Path
+    scale: Scale, stage: Stage, before: Student, after: Student, folder: Path, notes: Mapping[str, Any] | None = None
 ) -> tuple[Side, Side, Decision | None]:
     """Weigh what a stage made against what it was given, and decide; no decision for a stage that buys nothing.
 
+    `notes` are what the stage noted, in which `operators` says what it measured.
+
     Raises:
-        StageError, TargetError: as `weigh`.
+        StageError, TargetError, StoreError: as `weigh`.
     """
     sides = weigh(scale, before, after, folder)
     if not stage.buys:
@@ -56,7 +66,21 @@ def guard(
     if before.quantization is None and after.quantization is not None and not float_forms(scale.target):
         why = f"kept because {scale.target.name} runs no float form, so the student is quantized in any case"
         return *sides, Decision(kept=True, forced=False, why=why)
+    if (own := measured_gains(notes or {})) and not (sides[1].problem and not sides[0].problem):
+        figures = "; ".join(JUDGES[name](*sides).said for name in stage.buys)
+        why = f"kept because the stage measured a gain in the form that is to ship ({own}); as {sides[1].lowering}: "
+        return *sides, Decision(kept=True, forced=False, why=why + figures)
     return *sides, decide(stage.buys, *sides, force=stage.force)
+
+
+def measured_gains(notes: Mapping[str, Any]) -> str:
+    """What an `operators` stage kept because it was measured to pay; nothing of what was forced or not measured."""
+    kept = [
+        f"{entry['operator']}: {str(entry['reason']).removeprefix(PAYS).strip()}"
+        for entry in notes.get("operators", ())
+        if entry["kept"] and "speedup" in entry and str(entry["reason"]).startswith(PAYS)
+    ]
+    return "; ".join(kept)
 
 
 def decide(buys: Sequence[str], before: Side, after: Side, *, force: bool = False) -> Decision:
@@ -103,12 +127,16 @@ def _size(before: Side, after: Side) -> Look:
 def _metric(before: Side, after: Side) -> Look:
     if before.metric is None or after.metric is None:
         return Look(None, "metric is not known")
-    nearer = before.divergence is not None and after.divergence is not None and after.divergence < before.divergence
-    gained = after.metric > before.metric or (after.metric == before.metric and nearer)
-    figures = f"metric {before.metric:.4f} → {after.metric:.4f}"
-    if before.divergence is not None and after.divergence is not None:
-        figures += f", KL to the teacher {before.divergence:.4g} → {after.divergence:.4g}"
-    return Look(gained, figures)
+    change = after.metric - before.metric
+    low, high = after.metric_change_ci95 or (change, change)
+    figures = f"metric {before.metric:.4f} → {after.metric:.4f} (95 % interval of the change {low:+.4f} to {high:+.4f}"
+    tie = low <= 0 <= high
+    figures += ", a tie)" if tie else ")"
+    if before.divergence is None or after.divergence is None:
+        return Look(None if tie else low > 0, figures)
+    nearer = after.divergence < before.divergence
+    figures += f", KL to the teacher {before.divergence:.4g} → {after.divergence:.4g}"
+    return Look(nearer if tie else low > 0, figures)
 
 
 JUDGES: dict[str, Callable[[Side, Side], Look]] = {"latency": _latency, "size": _size, "metric": _metric}

@@ -50,7 +50,7 @@ class Setup:
         Raises:
             ModelError: the tokenizer cannot be used.
         """
-        if same_tokenizer(self.teacher, student) or self.task.kind != "text" or student.processor_dir is None:
+        if self.task.kind != "text" or student.processor_dir is None or same_tokenizer(self.teacher, student):
             return self
         name = tokenizer_hash(student.processor_dir)
         if name not in self._encoded:

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgekd.context import Budget
 from edgekd.devices import is_estimated, unavailable
-from edgekd.errors import EdgekdError, StageError
+from edgekd.errors import ModelError, StageError
 from edgekd.export.lower import precision_of
 from edgekd.export.parity import Logits, torch_logits
 from edgekd.files import sha256_file
@@ -27,6 +27,8 @@ from edgekd.quantize.forms import form_logits
 from edgekd.student import Student
 from edgekd.target import Target
 from edgekd.tasks import Encoded, correct, score_interval
+
+Hits = np.ndarray[Any, np.dtype[np.bool_]]
 
 LEDGER = Settings(blocks=40)
 """How long both sides of a stage are measured; the verdict on the whole measures for longer."""
@@ -52,6 +54,8 @@ class Side:
 
     `divergence` is the mean KL divergence of its answers from the teacher's on validation, in nats. None: not known,
     because nothing could be made for the target; `problem` says why, also where its compiler refuses what was made.
+    `metric_change_ci95` is the 95 % interval of the share of examples that the later side gets right and the earlier
+    one wrong, less the other way round (`paired_interval`); the earlier side has none.
     """
 
     shape: str
@@ -61,6 +65,7 @@ class Side:
     size_bytes: int | None = None
     metric: float | None = None
     metric_ci95: tuple[float, float] | None = None
+    metric_change_ci95: tuple[float, float] | None = None
     divergence: float | None = None
     problem: str = ""
 
@@ -88,12 +93,15 @@ def weigh(scale: Scale, before: Student, after: Student, folder: Path) -> tuple[
 
     Raises:
         StageError: a float32 graph of the later student does not say what the torch model says.
-        TargetError: as measuring raises it.
+        TargetError, StoreError: as building, compiling and measuring raise them; they tell nothing of the student.
     """
     built = [_build(scale, before, folder / "before"), _build(scale, after, folder / "after", strict=True)]
     places, latencies = _latencies(scale, built, folder)
     sides = [_side(scale, each, place, dict(said)) for each, place, said in zip(built, places, latencies, strict=True)]
-    return sides[0], sides[1]
+    hits = [_hits(scale, each, place) for each, place in zip(built, places, strict=True)]
+    if hits[0] is None or hits[1] is None:
+        return sides[0], sides[1]
+    return sides[0], replace(sides[1], metric_change_ci95=paired_interval(hits[0], hits[1]))
 
 
 def _build(scale: Scale, student: Student, folder: Path, *, strict: bool = False) -> _Built:
@@ -105,7 +113,7 @@ def _build(scale: Scale, student: Student, folder: Path, *, strict: bool = False
             gate = student.quantization is not None
             made = build(student, own.task, own.validation, folder / form, lowering=form, place=place, gate=gate)
             artifacts.append(made)
-    except EdgekdError as error:
+    except (ModelError, StageError) as error:
         if strict and isinstance(error, StageError) and precision_of(forms[0]) == "fp32":
             raise
         return _Built(student=student, own=own, artifacts=(), problem=str(error))
@@ -179,7 +187,7 @@ def _estimated(scale: Scale, each: _Built, folder: Path) -> dict[str, Any]:
         try:
             measurement, _ = estimate(scale.target, {"model": Model(file)}, folder)
             scale.known[name] = {"kind": measurement.kind, "p50_ms": measurement.p50_ms}
-        except EdgekdError as error:
+        except (ModelError, StageError) as error:
             scale.known[name] = {**_unknown(str(error)), "problem": str(error)}
     return dict(scale.known[name])
 
@@ -195,8 +203,7 @@ def _side(scale: Scale, each: _Built, place: int, latency: dict[str, Any]) -> Si
         form = shipping_forms(each.student, scale.target)[0]
         return Side(shape=shape, lowering=form, precision=precision_of(form), latency=latency, problem=each.problem)
     artifact, labels = each.artifacts[place], each.own.validation.labels
-    logits = _logits(scale, artifact.file, each.own.validation)
-    hits = None if labels is None else correct(logits, labels)
+    logits, hits = _logits(scale, artifact.file, each.own.validation), _hits(scale, each, place)
     return Side(
         shape=shape,
         lowering=artifact.lowering,
@@ -208,6 +215,28 @@ def _side(scale: Scale, each: _Built, place: int, latency: dict[str, Any]) -> Si
         divergence=divergence(_teacher_logits(scale), logits),
         problem=str(latency.pop("problem", "")),
     )
+
+
+def _hits(scale: Scale, each: _Built, place: int) -> Hits | None:
+    """Which of the labelled validation examples the artifact gets right; None if that is not known."""
+    labels = each.own.validation.labels
+    if not each.artifacts or labels is None:
+        return None
+    return correct(_logits(scale, each.artifacts[place].file, each.own.validation), labels)
+
+
+def paired_interval(before: Hits, after: Hits) -> tuple[float, float]:
+    """95 % interval of the change in accuracy between two answers to the same examples, from hits [N] of each.
+
+    Only examples that one of the two gets right tell anything (McNemar 1947, doi:10.1007/BF02295996): Wilson's interval
+    of the later one's share of those, as a difference. It holds 0 where McNemar's test sees no difference.
+    """
+    differ = before != after
+    if not differ.any():
+        return 0.0, 0.0
+    low, high = score_interval(after[differ])
+    share = float(differ.mean())
+    return (2 * low - 1) * share, (2 * high - 1) * share
 
 
 def _logits(scale: Scale, file: Path, encoded: Encoded) -> Logits:

@@ -156,7 +156,7 @@ def _run_stage(track: Track, step: _Step, student: Student) -> StageFolder:
     entry: dict[str, Any] = {"stage": step.name, "seconds": round(time.monotonic() - began, 2)}
     draft = track.run.draft(step.folder)
     saved = _save(result, draft, track.setup)
-    entry |= _shared(step, saved, work) if step.shared else _weighed(track, step, student, result, saved, work)
+    entry |= _shared(step, saved, work) if step.shared else _weighed(track, step, student, result, saved, ctx)
     if entry.get("kept") is False:
         track.progress.say(f"{step.name}: {entry['why']}")
         draft = track.run.draft(step.folder)
@@ -237,12 +237,14 @@ def _shared(step: _Step, result: Student, work: Path) -> dict[str, Any]:
     }
 
 
-def _weighed(track: Track, step: _Step, before: Student, result: Student, saved: Student, work: Path) -> dict[str, Any]:
+def _weighed(
+    track: Track, step: _Step, before: Student, result: Student, saved: Student, ctx: Context
+) -> dict[str, Any]:
     """Both sides of the stage, the guard's decision, and in front the figures of what goes on."""
     same = result.model is before.model and result.processor_dir == before.processor_dir
     if same and result.quantization == before.quantization:
         return {"metric": None, "latency": {"kind": "unavailable", "reason": "the stage changes no weights"}}
-    *sides, decision = guard(track.scale, step.stage, before, saved, work / "ledger")
+    *sides, decision = guard(track.scale, step.stage, before, saved, ctx.work / "ledger", ctx.notes)
     made = {"before": sides[0].to_dict(), "after": sides[1].to_dict()}
     goes_on = made["before" if decision is not None and not decision.kept else "after"]
     figures = {key: goes_on.get(key) for key in ("metric", "latency", "size_bytes", "precision", "shape")}

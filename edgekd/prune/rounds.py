@@ -17,8 +17,9 @@ from edgekd.arch import Arch, Layer
 from edgekd.distill import Distill
 from edgekd.errors import RecipeError
 from edgekd.prune.plan import plan_from_settings
-from edgekd.surgery import cut, measure_importance
-from edgekd.surgery.reconstruct import hindrance, reconstruct
+from edgekd.surgery import Importance, cut, measure_importance
+from edgekd.surgery.importance import in_order
+from edgekd.surgery.reconstruct import cut_and_fit
 from edgekd.surgery.replay import Batch
 from edgekd.surgery.sample import sample_batches
 
@@ -34,7 +35,7 @@ def prune(settings: Prune, student: Student, ctx: Context) -> Student:
     ctx.notes["shape"] = plan.describe()
     if student.ordered:
         ctx.notes["reconstruct"] = "no: the student is ordered, its prefix was trained as it is"
-        return replace(cut(student, plan, measure_importance(student, ())), plan=None)
+        return replace(cut(student, plan, measure_importance(student, ())), plan=None, ordered=False)
     batches = sample_batches(ctx.train, settings.samples, seed=ctx.seed)
     rounds: list[dict[str, Any]] = []
     shapes = [plan]
@@ -101,12 +102,31 @@ def _plan(settings: Prune, student: Student) -> Arch:
 
 
 def _cut_once(settings: Prune, student: Student, shape: Arch, batches: list[Batch], ctx: Context) -> Student:
-    smaller = cut(student, shape, measure_importance(student, batches, criterion=settings.criterion))
+    if shape == student.arch:
+        return student
+    # Layers that go are neither scored nor do they feed those that stay.
+    shallow = cut(student, _shallow(student.arch, shape), in_order(student))
+    scores = _scores(settings, shallow, batches, ctx)
     if not settings.reconstruct:
-        return smaller
-    reason = hindrance(student, smaller)
+        return cut(shallow, shape, scores)
+    smaller, reason = cut_and_fit(shallow, shape, scores, batches)
     ctx.notes["reconstruct"] = f"no: {reason}" if reason else "yes"
-    return reconstruct(student, smaller, batches)
+    return smaller
+
+
+def _shallow(have: Arch, want: Arch) -> Arch:
+    """The layers of one shape at the widths of the other."""
+    kept = {layer.source for layer in want.layers}
+    return replace(have, layers=tuple(layer for layer in have.layers if layer.source in kept))
+
+
+def _scores(settings: Prune, student: Student, batches: list[Batch], ctx: Context) -> Importance:
+    """Importance by the criterion asked for; by activation where layers compute in a way that `obs` cannot replay."""
+    criterion = settings.criterion
+    if criterion == "obs" and not all(layer.plain for layer in student.arch.layers):
+        criterion = "activation"
+        ctx.notes["criterion"] = "activation: obs scores only layers that compute as the family's own do"
+    return measure_importance(student, batches, criterion=criterion)
 
 
 def _distilled(settings: Prune, student: Student, ctx: Context, number: int) -> tuple[Student, float]:

@@ -37,7 +37,10 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         *_quality_rows(manifest),
         *_latency_rows(manifest["latency"]),
         "",
-        *[f"Verdict on `{each['target']}`: **{each['status']}** ({each['reason']})." for each in manifest["verdict"]],
+        *[
+            f"Verdict on `{each['target']}`: **{each['status']}** ({_cell(each['reason'])})."
+            for each in manifest["verdict"]
+        ],
         "",
         *_how_known(manifest),
         *_stages(manifest),
@@ -69,7 +72,7 @@ def _latency_rows(latency: list[Mapping[str, Any]]) -> list[str]:
         where = f"batch {entry['batch']}" + (f", {entry['sequence']} tokens" if entry.get("sequence") else "")
         where += f", {entry['threads']} thread(s)" if entry.get("threads") else ""
         if entry.get("p50_ms") is None:
-            rows.append(f"| {entry['target']}: latency ({where}) | | unavailable: {entry.get('reason', '')} |")
+            rows.append(f"| {entry['target']}: latency ({where}) | | unavailable: {_cell(entry.get('reason') or '')} |")
             continue
         kind = entry["kind"].replace("_", " ")
         speedup = f" ({entry['speedup']:.2f}×)" if entry.get("speedup") else ""
@@ -104,9 +107,9 @@ def _how_known(manifest: Mapping[str, Any]) -> list[str]:
     for entry in manifest["latency"]:
         if entry["kind"] == "vendor_estimate":
             lines += [f"The latency on `{entry['target']}` was not measured: it is what the vendor's compiler states."]
-            lines += [f"- {note}" for note in entry.get("notes", ())]
+            lines += [f"- {_cell(note)}" for note in entry.get("notes", ())]
         elif entry["kind"] == "unavailable":
-            lines += [f"The latency on `{entry['target']}` is not known: {entry.get('reason', '')}."]
+            lines += [f"The latency on `{entry['target']}` is not known: {_cell(entry.get('reason') or '')}."]
     return ["## How the latency is known", "", *lines, ""] if lines else []
 
 

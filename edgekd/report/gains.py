@@ -18,7 +18,7 @@ HEADINGS = (
 def gains(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row for each stage that was weighed: `cells` under `HEADINGS`, one `line` for a terminal, `why`.
 
-    `remark` says whether `why` tells more than the figures: nothing gained, or no latency known.
+    `remark` says whether `why` tells more than the figures: nothing gained, no latency known, or kept for a reason.
     """
     return [_row(entry) for entry in manifest["ledger"] if "before" in entry and "after" in entry]
 
@@ -27,7 +27,7 @@ def _row(entry: Mapping[str, Any]) -> dict[str, Any]:
     name, said, why = str(entry["stage"]), decision(entry), str(entry.get("why", ""))
     sides = entry["before"], entry["after"]
     ratio, size = _ratio(sides[1]["latency"]), _change([_megabytes(side) for side in sides], ".2f", " MB")
-    remark = said != "kept" or not ratio
+    remark = said != "kept" or not ratio or why.startswith("kept ")
     p50 = _change([side["latency"].get("p50_ms") for side in sides], ".3f", " ms")
     metric = _change([side.get("metric") for side in sides], ".4f", " on validation")
     figures = [p50 and f"p50 {p50}", ratio and f"ratio {ratio}", size, metric]

@@ -50,6 +50,7 @@ class Pool:
         self.settings, self.means = settings, means
         self.known: dict[Arch, Candidate] = {}
         self._chain: list[tuple[int, ...]] = []
+        self._fewest = len(means.space.arch.layers) + 1
         self._evolved = False
 
     @cached_property
@@ -202,18 +203,18 @@ class Pool:
                     yield shape
 
     def _layers(self, limit: float) -> list[tuple[int, ...]]:
-        """Layers to keep at every depth that is of use under the first limit asked for."""
-        if not self._chain:
-            space = self.means.space
-            fewest = len(space.arch.layers)
-            while (
-                fewest > space.min_layers
-                and self.means.predict(with_layers(space.arch, range(fewest))) > limit * SHALLOW
-            ):
-                fewest -= 1
-            if self.means.subsets is not None:
-                least = max(fewest, space.droppable.count(False))
-                self._chain = [self.means.subsets(depth) for depth in range(len(space.arch.layers), least - 1, -1)]
-            else:
+        """Layers to keep at every depth that is of use under the lowest limit asked for so far."""
+        space, subsets = self.means.space, self.means.subsets
+        depth = fewest = len(space.arch.layers)
+        while (
+            fewest > space.min_layers and self.means.predict(with_layers(space.arch, range(fewest))) > limit * SHALLOW
+        ):
+            fewest -= 1
+        if fewest < self._fewest:
+            self._fewest = fewest
+            if subsets is None:
                 self._chain = depth_chain(space.arch, space.droppable, self.means.score, fewest=fewest)
+            else:
+                least = max(fewest, space.droppable.count(False))
+                self._chain = [subsets(count) for count in range(depth, least - 1, -1)]
         return self._chain

@@ -197,7 +197,10 @@ def _spawn(evolution: Evolution, predict: Predict, count: int, evidence: tuple[s
 
 
 def _worker(evolution: Evolution, predict: Predict, evidence: tuple[str, Path], number: int, jobs: int) -> None:
+    import torch
+
     from edgekd.search.proxies import PROXIES
 
+    torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))
     name, folder = evidence
     work(evolution, PROXIES[name](load_evidence(folder)), predict, jobs=jobs, worker=number)

@@ -10,10 +10,13 @@ from edgekd.calibrate.bodies import Body
 from edgekd.errors import BudgetError
 from edgekd.search.candidates import Pool
 from edgekd.search.timing import Gauge
+from edgekd.search.variants import variant_of
 
 if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.search import Search
+
+Kind = tuple[tuple[int, ...], int, str]
 
 CLOSE = 0.90
 """A measured shape that uses at least this share of the budget is not worth enlarging."""
@@ -121,10 +124,8 @@ class Hunt:
         return self.pool.fitted(near, self.corrected(near), avoid=list(self.measured))
 
     def alike(self, plan: Arch) -> list[Arch]:
-        """The measured shapes that keep the same layers; all measured ones if none does."""
-        layers = [layer.source for layer in plan.layers]
-        same = [known for known in self.measured if [layer.source for layer in known.layers] == layers]
-        return same or list(self.measured)
+        """The measured shapes of the same kind (layers, residual stream, variant); all measured ones if none is."""
+        return [known for known in self.measured if _kind(known) == _kind(plan)] or list(self.measured)
 
     def refine(self, plan: Arch) -> Arch:
         """Adjust the widths of a shape, its layers kept, until it fits as measured.
@@ -142,7 +143,7 @@ class Hunt:
             if following is None:
                 break
             plan = following
-        return self.settle(plan)
+        return plan if plan in self.measured and self.fits(plan) else self.settle(plan)
 
     def settle(self, plan: Arch) -> Arch:
         """The largest measured shape within the budget, with the layers of `plan` where there is one.
@@ -164,3 +165,7 @@ class Hunt:
         if nearest == self.space.smallest():
             raise BudgetError(self.gauge.out_of_reach(self.measured[nearest], nearest.describe()))
         return nearest
+
+
+def _kind(shape: Arch) -> Kind:
+    return tuple(layer.source for layer in shape.layers), shape.hidden, variant_of(shape)

@@ -103,10 +103,17 @@ def _with_head(folder: Path, config: Mapping[str, Any], ctx: Context) -> Any:
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(f"{folder} cannot be loaded as {ctx.task.auto_class}: {error}") from None
         _require_body(model, report, folder)
-        if _names(config.get("id2label") or {}) != names:
+        if _own_names(folder) != names:
             for module in _head(model):
                 model._init_weights(module)
     return model
+
+
+def _own_names(folder: Path) -> dict[int, str]:
+    """The classes a checkpoint was saved with; transformers leaves the usual two out of the file."""
+    from transformers import AutoConfig
+
+    return _names(AutoConfig.from_pretrained(folder, trust_remote_code=False).id2label)
 
 
 def _require_body(model: Any, report: Mapping[str, Any], folder: Path) -> None:

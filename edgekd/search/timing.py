@@ -27,6 +27,8 @@ from edgekd.surgery import cut
 if TYPE_CHECKING:
     from edgekd.context import Context
 
+SECONDS = 30.0
+"""At most so long for each of the models that take turns, so that large ones are seen as often as small ones."""
 DEFAULT_TAIL = 1.0
 """p95 over p50 of a device that is not timed: its estimates have one figure."""
 
@@ -72,7 +74,7 @@ def time_graphs(subjects: Sequence[Subject], ctx: Context, blocks: int) -> list[
         batch=budget.batch,
         sequence=budget.sequence,
         threads=budget.threads,
-        settings=Settings(blocks=blocks, seed=ctx.seed),
+        settings=Settings(blocks=blocks, max_seconds=SECONDS * len(subjects), seed=ctx.seed),
     )
 
 

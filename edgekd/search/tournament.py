@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from edgekd.arch import Arch
@@ -43,7 +43,7 @@ class Tournament:
         checkpoints = self.checkpoints()
         finalists = [Finalist(arch=shape) for shape in field]
         finalists += [Finalist(arch=student.arch, source=name) for name, student in checkpoints.items()]
-        label = self.label()
+        label = self.label(checkpoints)
         train = Tryout(self.student, self.importance, checkpoints, self.ctx, label)
         folder = self.ctx.work / "halving"
         self.standings = halve(finalists, train, folder, steps=self.settings.finalist_steps, label=label)
@@ -85,10 +85,11 @@ class Tournament:
                 kept[name] = student
         return kept
 
-    def label(self) -> str:
+    def label(self, checkpoints: Mapping[str, Student]) -> str:
         """What the results of short distillations depend on."""
         ctx = self.ctx
-        weights = [fingerprint(ctx.teacher.model), fingerprint(self.student.model)]
+        students = ctx.teacher, self.student, *checkpoints.values()
+        weights = [fingerprint(student.model) for student in students]
         data = [ctx.train.fingerprint, ctx.validation.fingerprint]
         return sha256_json([weights, data, ctx.seed, self.settings.samples])
 

@@ -17,10 +17,11 @@ from edgekd.distill import Distill
 from edgekd.distill.cache import cached
 from edgekd.distill.recover import recover
 from edgekd.distill.teachers import predict
+from edgekd.files import publish
 from edgekd.search.halving import Finalist
 from edgekd.student import Student, load_student
-from edgekd.surgery import Importance, cut
-from edgekd.surgery.reconstruct import reconstruct
+from edgekd.surgery import Importance
+from edgekd.surgery.reconstruct import cut_and_fit
 from edgekd.surgery.sample import sample_batches
 
 if TYPE_CHECKING:
@@ -56,10 +57,9 @@ class Tryout:
     def __call__(self, finalist: Finalist, rung: int, steps: int) -> float:
         """Train on and return `KL(teacher ‖ student)` in nats on validation."""
         before = self.folder / finalist.key / str(rung - 1)
-        if rung and before.is_dir():
-            student = load_student(before, auto_class=self.ctx.task.auto_class)
-        else:
-            student = self.start(finalist)
+        if rung and not before.is_dir():
+            self(finalist, rung - 1, steps // 2)
+        student = load_student(before, auto_class=self.ctx.task.auto_class) if rung else self.start(finalist)
         chunk, epochs = self.data(rung, steps)
         work = self.folder / finalist.key / f"work-{rung}"
         work.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,9 @@ class Tryout:
             epochs=epochs, batch_size=BATCH_SIZE, losses={"forward_kl": {"weight": 1.0, "temperature": 2.0}}
         )
         trained = recover(settings, student, ctx)
-        trained.save(self.folder / finalist.key / str(rung))
+        draft = self.folder / finalist.key / f"draft-{rung}"
+        trained.save(draft)
+        publish(draft, self.folder / finalist.key / str(rung), marker="config.json")
         found = self.divergence(trained)
         self.ctx.progress.say(f"search: {finalist.describe()}: divergence {found:.4g} after {steps} steps more")
         return found
@@ -79,8 +81,8 @@ class Tryout:
         """The student before its first rung: a checkpoint, or cut and reconstructed."""
         if finalist.source:
             return self.checkpoints[finalist.source]
-        small = cut(self.student, finalist.arch, self.importance)
-        return reconstruct(self.student, small, sample_batches(self.ctx.train, CALIBRATED, seed=self.ctx.seed))
+        batches = sample_batches(self.ctx.train, CALIBRATED, seed=self.ctx.seed)
+        return cut_and_fit(self.student, finalist.arch, self.importance, batches)[0]
 
     def data(self, rung: int, steps: int) -> tuple[Encoded, int]:
         """The part of the training split for a rung, the same for all finalists, and how often to go through it.

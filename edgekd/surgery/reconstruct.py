@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgekd.arch import Arch, Layer
 from edgekd.families.family import Family
 from edgekd.student import Student
+from edgekd.surgery.cut import cut
+from edgekd.surgery.importance import Importance, in_order
 from edgekd.surgery.obs import Moments, factor
 from edgekd.surgery.removal import DAMPING, has_bias
 from edgekd.surgery.replay import Batch, Stream, features, real, row_weights, watching, weight_of
@@ -52,6 +55,20 @@ def reconstruct(student: Student, cut_student: Student, batches: Iterable[Batch]
             _update(module, sums, damping)
         stream.advance(layer)
     return replace(cut_student, model=model)
+
+
+def cut_and_fit(student: Student, shape: Arch, importance: Importance, batches: Iterable[Batch]) -> tuple[Student, str]:
+    """Cut to a shape and reconstruct; what hindered that, or an empty string.
+
+    Other operators that the shape asks for are installed on what was fitted, except where layers share attention:
+    those keep the same heads, which are chosen for the shape as a whole.
+    """
+    plain = replace(shape, layers=tuple(Layer(source=x.source, heads=x.heads, neurons=x.neurons) for x in shape.layers))
+    widths = shape if any(layer.shares for layer in shape.layers) else plain
+    smaller = cut(student, widths, importance)
+    reason = hindrance(student, smaller)
+    fitted = reconstruct(student, smaller, batches)
+    return (fitted if widths == shape else cut(fitted, shape, in_order(fitted))), reason
 
 
 def hindrance(student: Student, cut_student: Student) -> str:

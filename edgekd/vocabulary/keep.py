@@ -68,7 +68,8 @@ def _word_piece(model: Model, own: Tokens, wanted: set[str]) -> set[str]:
         inner, first = token.removeprefix(prefix), not token.startswith(prefix)
         return all((character if first and i == 0 else prefix + character) in own for i, character in enumerate(inner))
 
-    return wanted | {token for token in own if len(token.removeprefix(prefix)) <= 1 or not reachable(token)}
+    kept = {token for token in own if len(token.removeprefix(prefix)) <= 1 or not reachable(token)}
+    return wanted | kept | ({model.get("unk_token", "[UNK]")} & own.keys())
 
 
 def _byte_pair(model: Model, own: Tokens, wanted: set[str]) -> set[str]:

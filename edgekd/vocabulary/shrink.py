@@ -210,7 +210,10 @@ def _facts(
     before = 0 if unknown is None else _count(old, back[unknown])
     after = 0 if unknown is None else _count(new, unknown)
     if after > before:
-        raise StageError(f"the validation texts have {after} unknown tokens with the smaller tokenizer, not {before}")
+        raise StageError(
+            f"the validation texts have {after} unknown tokens with the smaller tokenizer, not {before}: "
+            "this tokenizer cannot spell out what it drops, so leave the vocabulary stage out"
+        )
     rows = sum(old_id < table.num_embeddings for old_id in numbers)
     return {
         "rows_before": table.num_embeddings,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,23 +157,67 @@ def test_the_whole_way_stage_by_stage(make_model, text_data, tmp_path):
     assert (latency["kind"], latency["threads"], latency["sequence"]) == ("measured", 1, 16)
 
 
-def test_stages_foresee_the_operators_they_are_told_of(make_model, text_data, tmp_path, monkeypatch):
+def test_search_foresees_the_operators_it_is_told_of(make_model, text_data, tmp_path, monkeypatch):
     from edgekd.operators import Operators
     from edgekd.prune import Prune
+    from edgekd.search import Search
 
     seen = []
-    monkeypatch.setattr(Prune, "run", lambda self, student, ctx: seen.append(ctx.reshape) or student)
-    prune = ["prune", make_model("bert"), "--data", text_data, "-q"]
-    assert invoke(*prune, "--operators", "{force: true}", "--out", tmp_path / "a").exit_code == 0
+    for stage in (Search, Prune):
+        monkeypatch.setattr(stage, "run", lambda self, student, ctx: seen.append(ctx.reshape) or student)
+    common = [make_model("bert"), "--data", text_data, "-q"]
+    search, prune = ["search", *common, "--speedup", 2], ["prune", *common]
+    operators = ["--operators", "{force: true}"]
+    for number, command in enumerate(([*search, *operators], search, [*prune, *operators])):
+        done = invoke(*command, "--out", tmp_path / str(number))
+        assert done.exit_code == 0, done.output
     assert seen[0].__self__ == Operators(force=True)
-    assert invoke(*prune, "--out", tmp_path / "b").exit_code == 0
     shape = object()
     assert seen[1](shape) is shape
+    assert seen[2](shape) is shape, "prune cuts to the plan as it is"
     wrongs = {"[1]": "expected settings such as", "{forse: true}": "did you mean 'force'?", "{": "not valid YAML"}
     for wrong, message in wrongs.items():
         refused = invoke(*prune, "--operators", wrong, "--out", tmp_path / "c")
         assert refused.exit_code == 2
         assert message in refused.output
+
+
+def test_the_help_says_which_stages_an_option_is_for():
+    text = " ".join(invoke("prune", "--help").output.split())
+    assert "to time (search and operators only)" in text
+    assert "e.g. '{}' (search only)" in text
+
+
+def test_scratch_of_another_command_is_not_taken_up(make_model, text_data, tmp_path, monkeypatch):
+    from edgekd.prune import Prune
+
+    found = []
+
+    def die(self, student, ctx):
+        found.append([path.name for path in ctx.work.iterdir()])
+        (ctx.work / "half-done").write_text(self.criterion)
+        raise KeyboardInterrupt
+
+    model = tmp_path / "model"
+    shutil.copytree(make_model("bert"), model)
+
+    def run(*settings):
+        invoke("prune", model, "--data", text_data, "-q", "--out", tmp_path / "out", *settings)
+        return found[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prune, "run", die)
+        assert run() == []
+        assert run() == ["half-done"], "the same command goes on"
+        assert run("--set", "samples=9") == run("--seed", 3) == []
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "changed": True}))
+        assert run() == []
+    before = set(tmp_path.glob(".out.work-*"))
+    assert len(before) == 4
+    monkeypatch.setattr(Prune, "run", lambda self, student, ctx: student)
+    run("--set", "samples=9")
+    assert (tmp_path / "out" / "edgekd-stage.json").is_file()
 
 
 def test_search_leaves_a_plan_that_prune_follows(make_model, text_data, tmp_path):

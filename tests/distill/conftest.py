@@ -138,7 +138,7 @@ def _context(teacher: Student, task: str, train: Any, validation: Any, folder: P
     return Context(
         teacher=teacher,
         task=TASKS[task],
-        processor=SimpleNamespace(hf=SimpleNamespace(all_special_ids=[0, 1])),
+        processor=SimpleNamespace(hf=SimpleNamespace(all_special_ids=[0, 1, 39], unk_token_id=39)),
         train=train,
         validation=validation,
         test=None,

@@ -364,3 +364,16 @@ def test_the_first_token_is_built_and_timed_on_this_machine(student, context, te
     assert entry["speedup"] > 0
     assert entry["interval"][0] <= entry["interval"][1]
     torch.testing.assert_close(logits(made.model, texts), logits(student.model, texts), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("second", "kept"), [(0.99, False), (1.01, True)])
+def test_a_small_gain_must_hold_in_a_second_process(tmp_path, context, monkeypatch, second, kept):
+    files = [tmp_path / name for name in ("before", "after")]
+    for file in files:
+        file.write_bytes(b"same size")
+    lows = iter([1.02, second])
+    monkeypatch.setattr(guard, "time_pair", lambda *parts: (1.05, (next(lows), 1.08)))
+    verdict = guard.weigh(*files, context(), force=False)
+    assert verdict.kept is kept
+    assert verdict.interval == (min(1.02, second), 1.08)
+    assert next(lows, None) is None

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import edgekd
+from edgekd import devices
 from edgekd.context import Budget, Silent
 from edgekd.data import DataSpec
-from edgekd.errors import ModelError, StageError
+from edgekd.errors import ModelError, StageError, StoreError, TargetError
 from edgekd.export import parity
 from edgekd.latency.stats import Samples
+from edgekd.operators import guard as timing
 from edgekd.pipeline import compress, prepare, sides, stages
-from edgekd.pipeline.guard import JUDGES, Decision, decide, guard
-from edgekd.pipeline.sides import Scale, Side, divergence, weigh
+from edgekd.pipeline.guard import JUDGES, Decision, decide, guard, measured_gains
+from edgekd.pipeline.sides import Scale, Side, divergence, paired_interval, weigh
 from edgekd.quantize import Quantize
+from edgekd.report.gains import gains
 from edgekd.stages import STAGES
 from edgekd.surgery import cut, measure_importance
 from edgekd.surgery.sample import sample_batches
@@ -27,12 +33,21 @@ PRUNE = {"prune": {"layers": [0, 2], "heads": 2, "neurons": [40, 24], "samples":
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def side(ms=2.0, ratio=None, interval=None, size=1_000_000, metric=0.9, kl=0.1, kind="measured", reason=None):
+def side(
+    ms=2.0, ratio=None, interval=None, size=1_000_000, metric=0.9, kl=0.1, kind="measured", reason=None, change=None
+):
     latency = {"kind": "unavailable", "reason": reason} if reason else {"kind": kind, "p50_ms": ms}
     latency |= {} if ratio is None else {"ratio": ratio}
     latency |= {} if interval is None else {"ratio_ci99": interval}
     return Side(
-        shape="s", lowering="fp32", precision="fp32", latency=latency, size_bytes=size, metric=metric, divergence=kl
+        shape="s",
+        lowering="fp32",
+        precision="fp32",
+        latency=latency,
+        size_bytes=size,
+        metric=metric,
+        metric_change_ci95=change,
+        divergence=kl,
     )
 
 
@@ -59,12 +74,60 @@ def test_size_counts_from_one_percent_on(size, kept):
     assert decide(("size",), side(), side(size=size)).kept == kept
 
 
-@pytest.mark.parametrize(
-    ("metric", "kl", "kept"),
-    [(0.91, 0.5, True), (0.9, 0.09, True), (0.9, 0.1, False), (0.9, 0.2, False), (0.89, 0.01, False)],
-)
-def test_the_metric_counts_when_higher_or_equal_and_nearer_to_the_teacher(metric, kl, kept):
-    assert decide(("metric",), side(), side(metric=metric, kl=kl)).kept == kept
+METRIC = [
+    (0.91, (0.005, 0.015), 0.5, True),
+    (0.89, (-0.015, -0.005), 0.01, False),
+    (0.91, (-0.005, 0.025), 0.09, True),
+    (0.91, (-0.005, 0.025), 0.1, False),
+    (0.89, (-0.025, 0.005), 0.09, True),
+    (0.89, (-0.025, 0.005), 0.2, False),
+    (0.9, (0.0, 0.0), 0.09, True),
+    (0.9, (0.0, 0.0), 0.1, False),
+]
+
+
+@pytest.mark.parametrize(("metric", "change", "kl", "kept"), METRIC)
+def test_the_metric_counts_beyond_chance_and_nearness_to_the_teacher_within_it(metric, change, kl, kept):
+    decision = decide(("metric",), side(), side(metric=metric, kl=kl, change=change))
+    assert decision.kept == kept
+    assert ("a tie" in decision.why) == (change[0] <= 0 <= change[1])
+    assert f"{change[0]:+.4f} to {change[1]:+.4f}" in decision.why
+
+
+def test_a_tie_without_a_teacher_to_be_near_to_is_not_held_against_a_stage():
+    decision = decide(("metric",), side(), side(metric=0.89, kl=None, change=(-0.03, 0.01)))
+    assert decision.why.startswith("kept though no gain is known: metric")
+    assert not decide(("metric",), side(), side(metric=0.8, kl=None, change=(-0.2, -0.1))).kept
+
+
+def hits(right, wrong):
+    return np.array([True] * right + [False] * wrong)
+
+
+def test_the_change_of_the_metric_is_told_from_the_examples_that_differ():
+    before = np.concatenate([hits(80, 0), hits(0, 12), hits(2, 0), hits(0, 6)])
+    after = np.concatenate([hits(80, 0), hits(12, 0), hits(0, 2), hits(0, 6)])
+    low, high = paired_interval(before, after)
+    assert 0 < low < 0.1 < high <= 0.14, "12 gained and 2 lost of 100"
+    assert paired_interval(after, before) == pytest.approx((-high, -low))
+    assert paired_interval(before, before) == (0, 0)
+    for gained, z in ((3, 3**0.5), (4, 2.0)):
+        low, _ = paired_interval(hits(50, gained), hits(50 + gained, 0))
+        assert (low > 0) == (z > 1.96), "as McNemar's test says"
+
+
+def test_one_example_more_or_less_is_a_tie():
+    low, high = paired_interval(hits(160, 40), hits(161, 39))
+    assert low < 0 < high
+
+
+def test_the_later_side_has_the_interval_of_the_change(setup, pruned, monkeypatch, tmp_path):
+    pretend(monkeypatch, MEDIANS)
+    before, after = weigh(scale(setup), setup.teacher, pruned, tmp_path)
+    low, high = after.metric_change_ci95
+    assert low <= after.metric - before.metric <= high
+    assert after.to_dict()["metric_change_ci95"] == pytest.approx([low, high], rel=1e-3)
+    assert "metric_change_ci95" not in before.to_dict()
 
 
 def test_one_gain_is_enough_and_losses_elsewhere_are_told():
@@ -231,6 +294,94 @@ def test_what_cannot_be_made_any_more_is_rolled_back(setup, pruned, monkeypatch,
     assert after.problem == "the target does not run TopK"
     assert (decision.kept, decision.forced) == (force, force)
     assert "it cannot be made for the target: the target does not run TopK" in decision.why
+
+
+@pytest.mark.parametrize("error", [TargetError("the board is gone"), StoreError("no space left on the device")])
+def test_what_tells_nothing_of_the_student_is_not_held_against_it(setup, pruned, monkeypatch, tmp_path, error):
+    for layers in (2, 3):
+        with monkeypatch.context() as patch:
+            refusing(patch, layers, error)
+            with pytest.raises(type(error), match=str(error)):
+                weigh(scale(setup), setup.teacher, pruned, tmp_path / str(layers))
+
+
+class Board:
+    """A compiler that raises for every model."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def unavailable(self, target):
+        return None
+
+    def compile(self, target, model, folder, *, timeout):
+        raise self.error
+
+
+def test_a_compiler_that_refuses_is_told_from_one_that_is_not_there(setup, pruned, monkeypatch, tmp_path):
+    npu = replace(scale(setup, "npu-qualcomm-qcs9100"), budget=Budget(sequence=32))
+    for error in (ModelError("the compiler refuses TopK"), StageError("it wrote no binary")):
+        monkeypatch.setitem(devices.COMPILERS, "qualcomm", Board(error))
+        _, after = weigh(replace(npu, known={}), setup.teacher, pruned, tmp_path)
+        assert after.problem == str(error)
+    monkeypatch.setitem(devices.COMPILERS, "qualcomm", Board(TargetError("onnxruntime-qnn is gone")))
+    with pytest.raises(TargetError, match="is gone"):
+        weigh(npu, setup.teacher, pruned, tmp_path)
+
+
+def noted(monkeypatch, tmp_path, interval, *, force=False):
+    """What `operators` notes of an operator of these figures, in its own words."""
+    for name in ("before", "after"):
+        (tmp_path / name).write_bytes(b"equal")
+    monkeypatch.setattr(timing, "time_pair", lambda *arguments: (interval[0], interval))
+    verdict = timing.weigh(tmp_path / "before", tmp_path / "after", SimpleNamespace(budget=Budget()), force=force)
+    return {"operators": [{"operator": "first_token", **verdict.to_dict()}]}
+
+
+SLOWER = (side(), side(3.0, ratio=1.5, interval=[1.4, 1.6]))
+
+
+def test_what_operators_measured_in_the_form_that_ships_is_not_judged_by_the_float_form(
+    setup, pruned, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("edgekd.pipeline.guard.weigh", lambda *arguments: SLOWER)
+    paid = noted(monkeypatch, tmp_path, (1.2, 1.3))
+    stage, rest = STAGES["operators"](), (setup.teacher, pruned, tmp_path)
+    before, after, decision = guard(scale(setup), stage, *rest, paid)
+    assert (before, after) == SLOWER
+    assert (decision.kept, decision.forced) == (True, False)
+    assert decision.why.startswith(
+        "kept because the stage measured a gain in the form that is to ship (first_token: 1.2"
+    )
+    assert "as fp32: latency 2 → 3 ms, ratio 1.500" in decision.why
+    row = {"before": before.to_dict(), "after": after.to_dict(), **decision.to_dict(), "stage": "operators"}
+    assert gains({"ledger": [row]})[0]["remark"], "reports say so"
+    forced = noted(monkeypatch, tmp_path, (0.5, 0.6), force=True)
+    unmeasured = {"operators": [{"operator": "first_token", "kept": True, "reason": "kept because it is exact, unmea"}]}
+    dropped = noted(monkeypatch, tmp_path, (0.5, 0.6))
+    for notes in (forced, unmeasured, dropped, {}, None):
+        assert measured_gains(notes or {}) == ""
+        assert not guard(scale(setup), stage, *rest, notes)[-1].kept
+    both = {"operators": [*dropped["operators"], *paid["operators"]]}
+    assert guard(scale(setup), stage, *rest, both)[-1].kept
+    broken = replace(SLOWER[1], problem="no TopK")
+    monkeypatch.setattr("edgekd.pipeline.guard.weigh", lambda *arguments: (SLOWER[0], broken))
+    assert not guard(scale(setup), stage, *rest, paid)[-1].kept
+
+
+def test_the_runner_hands_on_what_operators_noted(make_recipe, monkeypatch, tmp_path):
+    def run(self, student, ctx):
+        ctx.notes["operators"] = [{"operator": "rank", "kept": True, "reason": "kept: so fast", "speedup": 1.5}]
+        model = copy.deepcopy(student.model)
+        model.classifier.bias.data += 1e-3
+        return student.with_model(model)
+
+    monkeypatch.setattr(STAGES["operators"], "run", run)
+    recipe = make_recipe(targets=["gpu-cuda"], stages=[{"operators": {}}], budget={"size_mb": 100, "sequence": 12})
+    [entry] = compress(recipe, tmp_path / "run").manifests["gpu-cuda"]["ledger"]
+    assert entry["kept"]
+    assert entry["why"].startswith("kept because the stage measured a gain in the form that is to ship (rank: so fast)")
+    assert entry["before"]["size_bytes"] == pytest.approx(entry["after"]["size_bytes"], rel=0.01)
 
 
 def test_a_float_graph_that_says_something_else_is_a_mistake_of_ours(setup, pruned, monkeypatch, tmp_path):

@@ -185,7 +185,9 @@ def test_a_missed_latency_leads_to_a_tighter_round_with_the_same_supernet(make_r
     assert [entry["round"] for entry in result.manifests["local"]["rounds"]] == [1, 2]
     assert (tmp_path / "run" / "02-search-round2").is_dir()
     assert not (tmp_path / "run" / "01-supernet-round2").exists()
-    assert not result.manifests["local"]["ledger"][-1]["kept"], "cutting nothing away gains nothing"
+    prune = result.manifests["local"]["ledger"][-1]
+    assert "kept" not in prune, "cutting nothing away changes nothing"
+    assert prune["latency"]["reason"] == "the stage changes no weights"
 
 
 def test_a_budget_out_of_reach_leaves_a_verdict_and_no_bundle(make_recipe, tmp_path, monkeypatch):
@@ -197,6 +199,76 @@ def test_a_budget_out_of_reach_leaves_a_verdict_and_no_bundle(make_recipe, tmp_p
     assert result.exit_code == 3
     assert result.verdicts == (Verdict("local", "fail", "out of reach; the nearest point is 3×"),)
     assert not list(tmp_path.glob("run/bundle*"))
+
+
+def two_rounds(monkeypatch, make_recipe):
+    """A recipe whose search finds a shape in the first round, and none in the second."""
+    calls = []
+
+    def plan(settings, student, ctx):
+        calls.append(ctx.strictness)
+        if len(calls) > 1:
+            raise BudgetError("out of reach inside; the nearest point is 3×")
+        return replace(student, plan=student.arch)
+
+    monkeypatch.setattr("edgekd.search.strategy.choose", plan)
+    budget = {"speedup": 50, "sequence": 16, "threads": 1, "max_rounds": 3}
+    return make_recipe(stages=[{"search": {}}, {"prune": {"samples": 8}}], budget=budget)
+
+
+def test_a_later_round_out_of_reach_leaves_what_the_round_before_made(make_recipe, tmp_path, monkeypatch):
+    result = compress(two_rounds(monkeypatch, make_recipe), tmp_path / "run")
+    manifest = result.manifests["local"]
+    assert (result.bundles["local"] / "onnx" / "model.onnx").is_file()
+    assert result.exit_code == 3
+    assert "misses the budget of 50×" in manifest["verdict"][0]["reason"]
+    first, second = manifest["rounds"]
+    assert (first["round"], first["strictness"]) == (1, 1.0)
+    assert (second["round"], second["status"]) == (2, "fail")
+    assert second["reason"].startswith("out of reach inside")
+    assert second["strictness"] < 0.1
+    assert [entry["folder"] for entry in manifest["ledger"]] == ["01-search", "02-prune"]
+
+
+def test_bundles_of_an_earlier_recipe_do_not_stay_beside_a_verdict_without_one(
+    finished, make_recipe, tmp_path, monkeypatch
+):
+    def refuse(settings, student, ctx):
+        raise BudgetError("out of reach")
+
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    for name in ("bundle-local", "bundle-mine", "bundles"):
+        shutil.copytree(finished.folder / "bundle", run / name)
+    (run / "bundle-local" / "sub").mkdir()
+    (run / "bundle-notes").mkdir()
+    (run / "bundle.txt").write_text("mine")
+    outside = tmp_path / "elsewhere"
+    shutil.copytree(finished.folder / "bundle", outside)
+    monkeypatch.setattr("edgekd.search.strategy.choose", refuse)
+    lines = Lines()
+    result = compress(make_recipe(stages=[{"search": {}}, {"prune": {}}]), run, progress=lines)
+    assert (result.exit_code, dict(result.bundles)) == (3, {})
+    assert sorted(path.name for path in run.glob("*bundle*")) == [
+        "bundle-mine",
+        "bundle-notes",
+        "bundle.txt",
+        "bundles",
+    ]
+    assert not list(run.glob(".bundle*"))
+    assert "bundle: of an earlier recipe, removed" in lines.said
+    assert (outside / "edgekd.json").is_file()
+
+
+def test_a_link_named_like_a_bundle_is_left_alone(finished, make_recipe, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    (run / "bundle-local").symlink_to(finished.folder / "bundle")
+    (run / "manifest.json").unlink()
+    compress(make_recipe(), run)
+    assert (run / "bundle-local").is_symlink()
+    assert (run / "bundle" / "edgekd.json").is_file()
+    assert (finished.folder / "bundle" / "edgekd.json").is_file()
 
 
 def test_data_without_labels_is_labelled_by_the_teacher(make_recipe, text_data, tmp_path):

@@ -10,8 +10,10 @@ import pytest
 
 from edgekd.arch import Arch
 from edgekd.context import Budget, as_it_is
+from edgekd.errors import ModelError
 from edgekd.operators import Operators
 from edgekd.pipeline import compress
+from edgekd.pipeline.compress import _run_key
 from edgekd.pipeline.keys import stage_key, target_key
 from edgekd.prune import Prune
 from edgekd.report.gains import shared
@@ -85,14 +87,46 @@ def test_keys_hang_on_what_matters_and_on_nothing_else():
     assert key("supernet") == key("supernet", strictness=0.5, lowering="int8_dynamic")
     assert key("prune") == key("prune", strictness=0.5, lowering="int8_dynamic")
     assert key("search") != key("search", strictness=0.5)
-    assert key("search") != key("search", lowering="int8_dynamic")
+    for name in ("search", "operators"):
+        assert key(name) != key(name, lowering="int8_dynamic"), f"{name} times what is to ship"
+    assert key("operators") == key("operators", strictness=0.5)
     assert len({key(name) for name in STAGE_LIST}) == len(STAGE_LIST)
     other = {**STAGE_LIST, "operators": Operators(force=True)}
     without = {name: stage for name, stage in STAGE_LIST.items() if name != "operators"}
-    for name in ("supernet", "search", "prune"):
-        assert len({key(name), key(name, stages=other), key(name, stages=without)}) == 3, f"{name} foresees operators"
+    assert len({key("search"), key("search", stages=other), key("search", stages=without)}) == 3
+    for name in ("supernet", "prune"):
+        assert key(name) == key(name, stages=other) == key(name, stages=without), f"{name} knows of no operators"
     distill = {"distill": STAGES["distill"](checkpoint_steps=5), "operators": Operators()}
     assert key("distill", stages=distill) == key("distill", stages={"distill": STAGES["distill"]()})
+
+
+def test_what_the_settings_of_search_name_is_in_its_key(tmp_path, make_recipe):
+    table, model = tmp_path / "table.json", tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    stages = {"search": Search(table=str(table), init=[str(model)]), "prune": Prune()}
+
+    class Setup:
+        key: ClassVar[dict[str, str]] = {"teacher": "t", "data": "d"}
+
+    recipe = replace(make_recipe(), stages=stages)
+
+    def keys():
+        return key("search", stages=stages), _run_key(recipe, Setup, [])
+
+    seen = [keys()]
+    table.write_text("one")
+    seen.append(keys())
+    table.write_text("two")
+    seen.append(keys())
+    (model / "config.json").write_text('{"other": 1}')
+    seen.append(keys())
+    assert seen[-1] == keys()
+    for each in zip(*seen, strict=True):
+        assert len(set(each)) == 4
+    assert key("prune", stages=stages) == key("prune", stages={"prune": Prune()})
+    with pytest.raises(ModelError, match="no model folder"):
+        key("search", stages={"search": Search(init=[str(tmp_path / "gone")])})
 
 
 def test_targets_part_after_what_they_share():
@@ -109,7 +143,7 @@ def test_targets_part_after_what_they_share():
     assert len(keys) == 4
 
 
-def test_stages_before_operators_foresee_them(make_recipe, monkeypatch, tmp_path):
+def test_search_alone_foresees_operators(make_recipe, monkeypatch, tmp_path):
     seen = {}
 
     def keep(name):
@@ -119,13 +153,14 @@ def test_stages_before_operators_foresee_them(make_recipe, monkeypatch, tmp_path
 
         return run
 
-    for name in ("supernet", "prune", "operators", "distill"):
+    for name in ("supernet", "search", "prune", "operators", "distill"):
         monkeypatch.setattr(STAGES[name], "run", keep(name))
     marked = Arch(family="bert", hidden=1, head_dim=1, vocabulary=1, layers=())
     monkeypatch.setattr(Operators, "reshape", lambda self, arch: marked)
-    stages = [{"supernet": {}}, {"prune": {}}, {"operators": {}}, {"distill": {}}]
+    stages = [{name: {}} for name in ("supernet", "search", "prune", "operators", "distill")]
     compress(make_recipe(targets=["gpu-cuda"], stages=stages, budget=BUDGET), tmp_path / "run")
     other = replace(marked, hidden=2)
-    assert seen["supernet"](other) == seen["prune"](other) == marked
-    assert seen["operators"] is seen["distill"] is as_it_is
+    assert seen.pop("search")(other) == marked
+    assert len(seen) == 4
+    assert all(reshape is as_it_is for reshape in seen.values())
     assert build_stage("operators", {}).reshape(other) == marked

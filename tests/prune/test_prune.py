@@ -18,7 +18,8 @@ from edgekd.prune import CRITERIA, Prune
 from edgekd.prune.plan import plan_from_settings
 from edgekd.prune.rounds import gradual
 from edgekd.student import load_student
-from edgekd.surgery import criteria
+from edgekd.surgery import criteria, cut
+from edgekd.surgery.importance import in_order
 from edgekd.surgery.reconstruct import output_errors
 from edgekd.surgery.sample import sample_batches
 from edgekd.target import load_target
@@ -91,12 +92,48 @@ def test_the_plan_is_cut_and_reconstructed(setup, ctx):
     assert all(any(torch.equal(column, own) for own in weight.T) for column in kept.T)
 
 
+def test_what_stays_is_fitted_before_other_operators_are_installed(setup, ctx):
+    layers = tuple(replace(layer, heads=2, neurons=16) for layer in setup.teacher.arch.layers)
+    plan = replace(setup.teacher.arch, layers=layers)
+    changed = replace(plan, layers=tuple(replace(layer, activation="relu") for layer in layers))
+    fitted = Prune().run(replace(setup.teacher, plan=plan), ctx)
+    other = Prune().run(replace(setup.teacher, plan=changed), ctx)
+    assert other.arch == changed
+    assert ctx.notes["reconstruct"] == "yes"
+    assert all(torch.equal(values, state(fitted)[name]) for name, values in state(other).items())
+
+
+def test_layers_that_go_have_no_say_in_what_stays(setup, ctx, monkeypatch):
+    from edgekd.prune import rounds
+
+    seen = []
+    measure = rounds.measure_importance
+    monkeypatch.setattr(
+        rounds,
+        "measure_importance",
+        lambda student, *rest, **how: seen.append(student.arch) or measure(student, *rest, **how),
+    )
+    Prune(layers=[0, 2], neurons=16).run(setup.teacher, ctx)
+    assert [[layer.source for layer in arch.layers] for arch in seen] == [[0, 2]]
+    whole = Prune(layers=list(range(len(setup.teacher.arch.layers)))).run(setup.teacher, ctx)
+    assert len(seen) == 1
+    assert all(torch.equal(values, state(setup.teacher)[name]) for name, values in state(whole).items())
+
+
+def test_students_with_other_operators_are_scored_by_activation(setup, ctx):
+    layers = tuple(replace(layer, shares=i == 1) for i, layer in enumerate(setup.teacher.arch.layers))
+    shared = cut(setup.teacher, replace(setup.teacher.arch, layers=layers), in_order(setup.teacher))
+    small = Prune(neurons=16).run(shared, ctx)
+    assert {layer.neurons for layer in small.arch.layers} == {16}
+    assert ctx.notes["criterion"].startswith("activation")
+
+
 def test_an_ordered_student_is_sliced_and_nothing_else(setup, ctx):
     ordered = replace(setup.teacher, ordered=True)
     stage = Prune(criterion="obs", rounds=3, heads=2, neurons=16)
     small = stage.run(ordered, ctx)
     own, whole = state(small), state(ordered)
-    assert small.ordered
+    assert not small.ordered
     for name, values in own.items():
         corner = tuple(slice(0, size) for size in values.shape)
         assert torch.equal(values, whole[name][corner]), name

@@ -117,6 +117,36 @@ def test_the_table_goes_from_teacher_over_stages_to_artifact(manifest, capsys):
     assert max(len(line) for line in printed.splitlines()[:-1]) <= 100
 
 
+def tables(card: str) -> list[list[str]]:
+    """The lines of each table of a Markdown text."""
+    blocks = re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE)
+    return [block.splitlines() for block in blocks]
+
+
+def test_no_table_or_line_of_a_card_is_broken_by_what_a_compiler_says(manifest):
+    odd = "no <board> | here:\n| a | b |\n# Error\n"
+    gone = {"kind": "unavailable", "reason": odd}
+    estimated = {**manifest["latency"][0], "target": "npu", "kind": "vendor_estimate", "p95_ms": None, "notes": [odd]}
+    manifest["latency"] = [{**gone, "target": "board", "batch": 1}, estimated]
+    manifest["verdict"][0]["reason"] = odd
+    manifest["ledger"] = [
+        {"stage": "prune", "kept": False, "why": odd, "before": {"latency": gone}, "after": {"latency": gone}}
+    ]
+    card = model_card(manifest)
+    assert [len(table) for table in tables(card)] == [6, 3]
+    for table in tables(card):
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
+        assert len(bars) == 1, table
+    text = "no &lt;board> \\| here: \\| a \\| b \\| # Error"
+    assert f"**pass** ({text})." in card
+    assert f"- {text}\n" in card
+    assert f"The latency on `board` is not known: {text}." in card
+    assert f"unavailable: {text} |" in card
+    assert f"- prune: {text}" in card
+    assert "<board>" not in card
+    assert "\n# Error" not in card
+
+
 def test_the_page_is_complete_in_itself_and_escapes_what_it_shows(manifest, tmp_path):
     file: Path = tmp_path / "report.html"
     write_report(file, {"local": manifest}, manifest["verdict"], "teacher: <script>")

@@ -120,6 +120,16 @@ def test_a_head_of_the_same_classes_is_kept_and_one_of_others_is_not(ctx, small)
         assert student.model.config.id2label == names
 
 
+def test_a_head_of_the_usual_two_classes_is_kept_too(ctx, small):
+    """Transformers leaves their names out of config.json."""
+    usual = {0: "LABEL_0", 1: "LABEL_1"}
+    folder = small("usual", t.BertForSequenceClassification)
+    made = t.BertForSequenceClassification.from_pretrained(folder)
+    ctx.teacher.model.config.id2label = usual
+    [student] = candidates([folder], ctx)
+    assert torch.equal(student.model.classifier.weight, made.classifier.weight)
+
+
 def test_a_student_that_edgekd_wrote_is_taken_with_its_shapes(ctx, tmp_path):
     importance = measure_importance(ctx.teacher, sample_batches(ctx.train, 16, seed=0))
     full = ctx.teacher.arch

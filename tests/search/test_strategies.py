@@ -500,7 +500,7 @@ def test_the_winner_of_the_short_distillations_is_brought_to_the_budget(truth, t
     settings = Search(checks=6, finalists=3)
     hunt, gauge = hunt_of(truth, 1.0, tmp_path, settings)
     tournament = Tournament(settings, hunt, SimpleNamespace(), even(), hunt.ctx)
-    monkeypatch.setattr(Tournament, "label", lambda self: "label")
+    monkeypatch.setattr(Tournament, "label", lambda self, checkpoints: "label")
     monkeypatch.setattr("edgekd.search.tournament.Tryout", lambda *parts: lambda finalist, rung, steps: float(
         abs(len(finalist.arch.layers) - 2)
     ))  # fmt: skip
@@ -510,7 +510,26 @@ def test_the_winner_of_the_short_distillations_is_brought_to_the_budget(truth, t
     assert len(gauge.runs[0]) == 3
     assert {len(arch.layers) for arch in gauge.runs[0]} == {2, 3}
     assert len(gauge.runs) <= 6
+    first = tournament.standings[0].finalist.arch
+    assert plan == first or not 0.9 <= truth(first) <= 1.0
     assert [row["divergence"] for row in tournament.table()] == sorted(row["divergence"] for row in tournament.table())
+
+
+def test_a_winner_that_fits_is_not_replaced_by_a_larger_loser(tmp_path):
+    hunt, _ = hunt_of(cost, 1.0, tmp_path, Search(checks=6))
+    winner, loser = (replace(ARCH, layers=tuple(replace(x, neurons=n) for x in ARCH.layers)) for n in (64, 96))
+    hunt.measured = {winner: 0.93, loser: 0.97}
+    assert hunt.refine(winner) == winner
+    relu = replace(winner, layers=tuple(replace(x, activation="relu") for x in winner.layers))
+    hunt.measured = {loser: 0.97, relu: 1.2}
+    assert hunt.alike(relu) == [relu]
+
+
+def test_shallower_layers_are_proposed_when_the_limit_falls():
+    pool = pool_of(Search(strategy="greedy", finalists=0))
+    depths = [{len(found.arch.layers) for found in pool.under(cost(ARCH) * share)} for share in (1.6, 0.5)]
+    assert 1 not in depths[0]
+    assert 1 in depths[1]
 
 
 def test_a_supernet_s_shapes_keep_the_layers_that_were_trained():

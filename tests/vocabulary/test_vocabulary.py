@@ -274,7 +274,7 @@ def test_all_ids_move_together(tmp_path: Path) -> None:
 def test_tokens_with_characters_that_nothing_else_has_stay() -> None:
     pieces = ["[UNK]", "a", "##b", "ab", "##ab", "q☃", "aba"]
     model = {"type": "WordPiece", "vocab": {piece: i for i, piece in enumerate(pieces)}}
-    assert keep.kept_tokens(model, ["[UNK]"]) == {"[UNK]", "a", "##b", "##ab", "q☃", "aba"}
+    assert keep.kept_tokens(model, []) == {"[UNK]", "a", "##b", "##ab", "q☃", "aba"}
     scores = [["<unk>", 0.0], ["a", -1.0], ["aa", -2.0], ["a☃", -3.0], ["aaa", -9.0], ["<0x41>", 0.0], ["b", -4.0]]
     found = keep.kept_tokens({"type": "Unigram", "vocab": scores, "unk_id": 0}, [])
     assert found == {"<unk>", "a", "a☃", "aaa", "<0x41>", "b"}
