@@ -111,10 +111,11 @@ def fit_saving(pairs: Sequence[tuple[Arch, Arch]], saved: Sequence[float], seque
 
 
 def probes(arch: Arch) -> list[Arch]:
-    """Shapes to time with changed operators: depths 1, 2 and 4, at full width and at half the heads, a third inside."""
+    """Shapes to time with changed operators: one layer and a few, in widths that tell heads and neurons apart."""
     heads, neurons = arch.layers[0].heads, arch.layers[0].neurons
     widths = [(heads, neurons), (max(heads // 2, 1), max(neurons // 3, 1))]
-    depths = sorted({min(depth, len(arch.layers)) for depth in (1, 2, 4)})
+    widths += [(heads, max(neurons // 8, 1)), (max(heads // 6, 1), max(neurons // 2, 1))]
+    depths = sorted({min(depth, len(arch.layers)) for depth in (1, 3)})
     return list(dict.fromkeys(uniform(arch, depth, *width) for depth in depths for width in widths))
 
 

@@ -410,8 +410,8 @@ def saved_ms(arch: Arch) -> float:
 
 def test_savings_of_operators_are_learnt_from_a_few_shapes():
     shapes = probes(arch_of(6))
-    assert {len(shape.layers) for shape in shapes} == {1, 2, 4}
-    assert len({shape.layers[0].neurons for shape in shapes}) == 2
+    assert {len(shape.layers) for shape in shapes} == {1, 3}
+    assert len({shape.layers[0].neurons for shape in shapes}) == 4
     saving = fit_saving([(s, reshape(s)) for s in shapes], [saved_ms(s) for s in shapes], 16)
     other = replace(ARCH, layers=(ARCH.layers[0], replace(ARCH.layers[1], heads=3, neurons=70)))
     assert saving(other, reshape(other)) == pytest.approx(saved_ms(other), rel=0.15)
@@ -543,3 +543,17 @@ def test_a_supernet_s_shapes_keep_the_layers_that_were_trained():
     assert kept
     assert kept <= {kept_layers(droppable, depth) for depth in (1, 2, 3)}
     assert kept != free
+
+
+def test_savings_of_heads_and_neurons_are_told_apart():
+    """Last layers of many heads and few neurons, or the other way round, are predicted as they are."""
+    full = arch_of(depth=6, heads=12, neurons=1536, hidden=384)
+
+    def saved(arch: Arch) -> float:
+        return 0.02 + 0.03 * arch.layers[-1].heads + 0.0008 * arch.layers[-1].neurons
+
+    pairs = [(shape, reshape(shape)) for shape in probes(full)]
+    saving = fit_saving(pairs, [saved(before) for before, _ in pairs], sequence=64)
+    for heads, neurons in ((12, 128), (1, 1536), (1, 112), (12, 1536)):
+        shape = arch_of(depth=4, heads=heads, neurons=neurons, hidden=384)
+        assert saving(shape, reshape(shape)) == pytest.approx(saved(shape), abs=0.02)
