@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Search"]
 
-Variant = Literal["tokens", "shares", "rank", "activation", "norm"]
+Variant = Literal["padding", "tokens", "shares", "rank", "activation", "norm"]
 _AT_LEAST = {
     "samples": 1, "min_layers": 1, "checks": 0, "hidden_step": 0, "head_step": 1, "neuron_step": 1, "trials": 0,
     "population": 2, "jobs": 1, "exhaustive_limit": 0, "finalists": 0, "finalist_steps": 1,
@@ -35,11 +35,13 @@ class Search:
     `exhaustive_limit`), or `auto`: all shapes if so few, else greedy, allocate and, with `trials`, evolution.
 
     Widths change by `head_step` and `neuron_step` (unset: read from the latency table) and `hidden_step` (0: the
-    residual stream stays); `min_layers` bounds the depth, `variants` are changes of operators to consider. The best
-    `finalists` shapes and the checkpoints `init` are distilled shortly against each other, `finalist_steps` in all.
-    `margin` is how far below the budget to aim. What is chosen is built and measured, and corrected by what was
-    seen, at most `checks` times. `table` names a latency table of `edgekd calibrate`; without it the target's own in
-    `profiles/` is used if it holds here and covers the teacher, else about ten shapes are measured.
+    residual stream stays); `min_layers` bounds the depth, `variants` are changes of operators to consider (unset: for
+    texts on a target that is timed, `padding` and `tokens`, which drop tokens after the first layer; how many is read
+    from the lengths of the training texts). The best `finalists` shapes and the checkpoints `init` are distilled
+    shortly against each other, `finalist_steps` in all. `margin` is how far below the budget to aim. What is chosen is
+    built and measured, and corrected by what was seen, at most `checks` times. `table` names a latency table of
+    `edgekd calibrate`; without it the target's own in `profiles/` is used if it holds here and covers the teacher, else
+    about ten shapes are measured.
     """
 
     buys: ClassVar[tuple[str, ...]] = ()
@@ -56,9 +58,9 @@ class Search:
     trials: int = 0
     population: int = 24
     jobs: int = 1
-    variants: list[Variant] = field(default_factory=list)
-    finalists: int = 4
-    finalist_steps: int = 400
+    variants: list[Variant] | None = None
+    finalists: int = 6
+    finalist_steps: int = 600
     init: list[str] = field(default_factory=list)
     checks: int = 4
     table: str | None = None

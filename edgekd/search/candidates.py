@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from edgekd.arch import Arch
@@ -12,7 +12,7 @@ from edgekd.search import Search
 from edgekd.search.front import Candidate
 from edgekd.search.greedy import depth_chain, importance_widths, stepped, uniform_widths
 from edgekd.search.space import Predict, Score, Space, Steps, with_hidden, with_layers
-from edgekd.search.variants import plain, variant_of, vary
+from edgekd.search.variants import Lengths, plain, variant_of, vary
 from edgekd.surgery import Importance
 
 SHALLOW = 0.6
@@ -27,7 +27,7 @@ NEAR = 0.92
 class Means:
     """What a pool works with: the space and its steps, the proxy, predictions, and importance.
 
-    `sequence` are the tokens of one example. `subsets` gives the layers to keep for a depth, where only some subsets
+    `lengths` are the tokens of one example. `subsets` gives the layers to keep for a depth, where only some subsets
     were trained; without it they are found by the score. `evolve` looks for shapes under a limit, from some to
     start with; `allocate` gives the shape for some kept layers (None: any) under a limit, None where it cannot.
     """
@@ -37,7 +37,7 @@ class Means:
     score: Score
     predict: Predict
     importance: Importance
-    sequence: int | None = None
+    lengths: Lengths = field(default_factory=Lengths)
     subsets: Callable[[int], tuple[int, ...]] | None = None
     evolve: Callable[[float, Sequence[Arch]], list[Candidate]] = lambda limit, starts: []
     allocate: Callable[[Sequence[int] | None, float], Arch | None] = lambda kept, limit: None
@@ -82,7 +82,7 @@ class Pool:
     def _able(self, shape: Arch, limit: float) -> bool:
         full = {layer.source: layer for layer in self.means.space.arch.layers}
         widest = replace(shape, layers=tuple(full[layer.source] for layer in shape.layers))
-        return self.means.predict(vary(variant_of(shape), widest, self.means.sequence)) >= NEAR * limit
+        return self.means.predict(vary(variant_of(shape), widest, self.means.lengths)) >= NEAR * limit
 
     def candidate(self, shape: Arch, by: str) -> Candidate:
         """A shape with its score."""
@@ -94,18 +94,20 @@ class Pool:
     def field(self, limit: float, count: int) -> list[Candidate]:
         """At most so many shapes for a closer look: the best of every kind first, then the next best.
 
-        Kinds are depths, widths of the residual stream and variants: the proxy is not trusted between them.
+        Kinds are depths, widths of the residual stream, variants, and whether all layers are alike: the proxy is not
+        trusted between them. The best shapes with equal and with unequal layers come first, plain and of each variant.
         """
         ranked = self.ranked(limit)
         able = [candidate for candidate in ranked if self._able(candidate.arch, limit)]
         ranked = able or ranked
-        best: dict[tuple[int, int, str], Candidate] = {}
+        best: dict[tuple[int, int, str, bool], Candidate] = {}
         for candidate in ranked:
-            kind = len(candidate.arch.layers), candidate.arch.hidden, variant_of(candidate.arch)
-            best.setdefault(kind, candidate)
-        named = {variant_of(candidate.arch): candidate for candidate in reversed(best.values())}
-        first = [named[name] for name in self.settings.variants if name in named]
-        chosen = list(dict.fromkeys([*ranked[:1], *first, *best.values(), *ranked]))
+            arch = candidate.arch
+            best.setdefault((len(arch.layers), arch.hidden, variant_of(arch), is_even(arch)), candidate)
+        found = {(variant_of(each.arch), is_even(each.arch)): each for each in reversed(best.values())}
+        first = [found.get((name, even)) for name in ("", *(self.settings.variants or ())) for even in (True, False)]
+        named = [candidate for candidate in first if candidate is not None]
+        chosen = list(dict.fromkeys([*ranked[:1], *named, *best.values(), *ranked]))
         return sorted(chosen[:count], key=lambda candidate: candidate.proxy)
 
     def fitted(self, shape: Arch, limit: float, avoid: Sequence[Arch] = ()) -> Arch | None:
@@ -144,14 +146,14 @@ class Pool:
         kept = [i for i, layer in enumerate(full.layers) if layer.source in sources]
 
         def predict(arch: Arch) -> float:
-            return means.predict(vary(name, arch, means.sequence))
+            return means.predict(vary(name, arch, means.lengths))
 
         options = [
             stepped(plain(shape), limit, predict, space, means.importance),
             uniform_widths(full, kept, limit, predict, steps),
             importance_widths(full, kept, limit, predict, steps, means.importance),
         ]
-        yield from (vary(name, option, means.sequence) for option in options if option is not None)
+        yield from (vary(name, option, means.lengths) for option in options if option is not None)
 
     def _proposed(self, limit: float) -> Iterator[tuple[Arch, str]]:
         if self.strategy == "exhaustive":
@@ -181,14 +183,14 @@ class Pool:
             return
         for hidden in means.space.hidden:
             yield from ((shape, "greedy") for shape in self._greedy(chain, hidden, limit, means.predict))
-        for name in self.settings.variants:
+        for name in self.settings.variants or ():
             full = means.space.arch
 
             def predict(arch: Arch, name: str = name) -> float:
-                return means.predict(vary(name, arch, means.sequence))
+                return means.predict(vary(name, arch, means.lengths))
 
             for shape in self._greedy(chain, full.hidden, limit, predict):
-                if (changed := vary(name, shape, means.sequence)) != shape:
+                if (changed := vary(name, shape, means.lengths)) != shape:
                     yield changed, name
 
     def _greedy(self, chain: Sequence[tuple[int, ...]], hidden: int, limit: float, predict: Predict) -> Iterator[Arch]:
@@ -218,3 +220,8 @@ class Pool:
                 least = max(fewest, space.droppable.count(False))
                 self._chain = [subsets(count) for count in range(depth, least - 1, -1)]
         return self._chain
+
+
+def is_even(arch: Arch) -> bool:
+    """Whether all layers have the same heads and neurons."""
+    return len({(layer.heads, layer.neurons) for layer in arch.layers}) == 1

@@ -17,7 +17,7 @@ from edgekd.files import write_json
 from edgekd.latency.cell import Frame
 from edgekd.latency.table import LatencyTable, Mix
 from edgekd.search.timing import DEFAULT_TAIL
-from edgekd.search.variants import MOST, Reshape, Saving, plain, variant_of
+from edgekd.search.variants import MOST, Reshape, Saving, kind_of, plain, variant_of
 
 LEAST = 1e-3
 """No shape is predicted to take less than this share of the teacher's time."""
@@ -69,7 +69,7 @@ class Predictor:
         with np.errstate(divide="ignore", invalid="ignore"):
             said = float(np.nan_to_num(self._table_ms(before), nan=0.0))
         ms = max(self.reference.scale * said, LEAST * self.reference.teacher_ms)
-        saving = self.reference.savings.get(variant_of(arch))
+        saving = self.reference.savings.get(kind_of(variant_of(arch)))
         return ms if saving is None else ms - min(saving(before, self.reshape(arch)), MOST * ms)
 
     def _table_ms(self, arch: Arch) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from edgekd.latency.table import Conditions, LatencyTable, find_table, load
 from edgekd.search.predictor import Reference, read_reference, write_reference
 from edgekd.search.space import multiples, with_hidden
 from edgekd.search.timing import Timings, find_timings, frame_for, narrowed
-from edgekd.search.variants import fit_saving, probes, vary
+from edgekd.search.variants import Lengths, fit_saving, kind_of, probes, vary
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -53,6 +53,7 @@ def find_reference(settings: Search, student: Student, ctx: Context) -> Referenc
         "arch": student.arch.to_dict(), "target": ctx.target.fingerprint, "lowering": ctx.lowering, "opset": OPSET,
         "shape": [ctx.budget.batch, ctx.budget.sequence, ctx.budget.threads], "hidden": settings.hidden_step,
         "reshaped": [ctx.reshape(shape).to_dict() for shape in probes(student.arch)], "variants": settings.variants,
+        "lengths": asdict(Lengths.of(ctx.budget.sequence, ctx.train.lengths)),
     }  # fmt: skip
     file = ctx.cache / f"latency-{sha256_json(key)[:16]}.json"
     if file.is_file():
@@ -70,15 +71,13 @@ class _Measured:
     def __init__(self, settings: Search, body: Body, frame: Frame, ctx: Context) -> None:
         self.body, self.frame, self.ctx = body, frame, ctx
         self.arch = body.student.arch
-        names = ["", *settings.variants] if frame.head_dim else [""]
-        self.changed = {
-            name: [
-                (shape, after)
-                for shape in probes(self.arch)
-                if (after := ctx.reshape(vary(name, shape, ctx.budget.sequence))) != shape
-            ]
-            for name in names
-        }
+        lengths = Lengths.of(ctx.budget.sequence, ctx.train.lengths)
+        self.changed: dict[str, list[tuple[Arch, Arch]]] = {}
+        for name in ["", *(settings.variants or ())] if frame.head_dim else [""]:
+            for shape in probes(self.arch):
+                pair = shape, ctx.reshape(vary(name, shape, lengths))
+                if pair[1] != shape and pair not in (pairs := self.changed.setdefault(kind_of(name), [])):
+                    pairs.append(pair)
         self.hidden = self._narrower(settings.hidden_step)
         self.times: dict[Arch, float] = {}
 

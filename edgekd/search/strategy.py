@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgekd.arch import Arch
 from edgekd.calibrate.bodies import body_of_student
+from edgekd.devices import is_estimated, unavailable
 from edgekd.files import sha256_json
 from edgekd.search.allocate import Costs, additive, allocate
 from edgekd.search.candidates import Means, Pool
@@ -23,6 +24,7 @@ from edgekd.search.space import Space, Steps
 from edgekd.search.steps import choose_steps
 from edgekd.search.timing import Gauge
 from edgekd.search.tournament import Tournament
+from edgekd.search.variants import Lengths
 from edgekd.student import Student
 from edgekd.supernet.space import kept_layers
 from edgekd.surgery import measure_importance
@@ -31,7 +33,7 @@ from edgekd.surgery.sample import sample_batches
 
 if TYPE_CHECKING:
     from edgekd.context import Context
-    from edgekd.search import Search
+    from edgekd.search import Search, Variant
     from edgekd.search.proxies import ProxyContext
 
 SHOWN = 20
@@ -47,6 +49,7 @@ def choose(settings: Search, student: Student, ctx: Context) -> Student:
     if not ctx.budget.asks_latency:
         ctx.notes["reason"] = "the budget does not limit the latency; the full shape is kept"
         return replace(student, plan=student.arch)
+    settings = replace(settings, variants=_variants(settings, student, ctx))
     reference = find_reference(settings, student, ctx)
     predict = reference.predictor(ctx.reshape)
     importance = measure_importance(student, sample_batches(ctx.train, settings.samples, seed=ctx.seed))
@@ -62,6 +65,16 @@ def choose(settings: Search, student: Student, ctx: Context) -> Student:
     plan = winner.arch if isinstance(winner, Student) else winner
     _report(ctx, hunt, tournament, reference, plan, foreign=foreign)
     return replace(winner if isinstance(winner, Student) else student, plan=plan)
+
+
+def _variants(settings: Search, student: Student, ctx: Context) -> list[Variant]:
+    """What the recipe says, or fewer tokens where they can be timed, trained and judged: texts on this machine."""
+    if settings.variants is not None:
+        return settings.variants
+    timed = unavailable(ctx.target) is None and not is_estimated(ctx.target)
+    compact = student.family.places is not None and not student.ordered
+    fit = ctx.task.kind == "text" and ctx.budget.sequence and settings.finalists > 1 and settings.strategy == "auto"
+    return ["padding", "tokens"] if timed and compact and fit else []
 
 
 def _means(
@@ -95,7 +108,8 @@ def _means(
 
     return Means(
         space=space, steps=steps, score=score, predict=predict, importance=importance, evolve=evolved,
-        sequence=ctx.budget.sequence, subsets=partial(kept_layers, space.droppable) if student.ordered else None,
+        lengths=Lengths.of(ctx.budget.sequence, ctx.train.lengths),
+        subsets=partial(kept_layers, space.droppable) if student.ordered else None,
         allocate=_allocator(student, evidence, steps, predict),
     )  # fmt: skip
 

@@ -13,6 +13,10 @@ from edgekd.calibrate.shapes import uniform
 Reshape = Callable[[Arch], Arch]
 KINDS = ("tokens", "shares", "rank", "activation", "norm")
 RIDGE = 1e-4
+USUAL = 90
+"""The percentile of text lengths that counts as the usual length."""
+LAST = 0.2
+"""The share of the usual length that leaves the last layer but one, where tokens become fewer from layer to layer."""
 MOST = 0.9
 """No more than this share of a plain shape's latency is believed to be saved."""
 
@@ -25,28 +29,67 @@ def plain(arch: Arch) -> Arch:
 
 def variant_of(arch: Arch) -> str:
     """The name of the first of `VARIANTS` that the shape has a trait of; empty for a plain one."""
-    return next((kind for kind in KINDS if any(getattr(layer, kind) for layer in arch.layers)), "")
+    kind = next((kind for kind in KINDS if any(getattr(layer, kind) for layer in arch.layers)), "")
+    return "padding" if kind == "tokens" and sum(layer.tokens > 1 for layer in arch.layers) == 1 else kind
 
 
-def vary(name: str, arch: Arch, sequence: int | None) -> Arch:
+def kind_of(variant: str) -> str:
+    """The kind of change that a variant is; what those of one kind save is learnt together."""
+    return "tokens" if variant == "padding" else variant
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one example: `most` as the budget states it (0: not known), `usual` that nine of ten texts stay under.
+
+    `usual` is a multiple of 4, at most `most`, and the same where it is not known.
+    """
+
+    most: int = 0
+    usual: int = 0
+
+    @classmethod
+    def of(cls, most: int | None, lengths: Sequence[int] | np.ndarray) -> Lengths:
+        """From the budget's sequence and the lengths of some examples."""
+        if not most or not len(lengths):
+            return cls(most or 0, most or 0)
+        usual = int(np.percentile(np.asarray(lengths), USUAL))
+        return cls(most, min(most, max(-(-usual // 4) * 4, 4)))
+
+
+def vary(name: str, arch: Arch, lengths: Lengths) -> Arch:
     """The variant of a shape; the shape itself where it has no such variant.
 
     Args:
         name: one of `VARIANTS`, or empty for the shape itself.
         arch: a plain shape of an encoder.
-        sequence: tokens of one example; None where that is not known.
+        lengths: how many tokens examples have.
     """
-    return VARIANTS[name](arch, sequence or 0) if name and arch.layers[0].heads else arch
+    return VARIANTS[name](arch, lengths) if name and arch.layers[0].heads else arch
 
 
-def _tokens(arch: Arch, sequence: int) -> Arch:
-    """From the middle on, half of the tokens."""
-    middle = len(arch.layers) // 2
-    kept = sequence // 2
-    return _changed(arch, lambda i: {"tokens": kept} if i >= middle else {}) if middle and kept > 1 else arch
+def _padding(arch: Arch, lengths: Lengths) -> Arch:
+    """After the first layer as many tokens as most texts have: padding goes first."""
+    return _leaving(arch, [lengths.usual] * len(arch.layers)) if lengths.usual < lengths.most else arch
 
 
-def _shares(arch: Arch, sequence: int) -> Arch:
+def _tokens(arch: Arch, lengths: Lengths) -> Arch:
+    """Fewer tokens from layer to layer, from the usual length down to a fifth of it."""
+    depth = len(arch.layers) - 1
+    fall = (LAST - 1) * lengths.usual / max(depth - 1, 1)
+    return _leaving(arch, [round(lengths.usual + i * fall) for i in range(depth)])
+
+
+def _leaving(arch: Arch, counts: Sequence[int]) -> Arch:
+    """How many tokens leave each layer but the last; counts below 2 are of no use."""
+    layers, left = list(arch.layers), 0
+    for i, count in enumerate(counts[: len(layers) - 1]):
+        if count > 1 and (not left or count < left):
+            layers[i], left = replace(layers[i], tokens=count), count
+    return replace(arch, layers=tuple(layers))
+
+
+def _shares(arch: Arch, lengths: Lengths) -> Arch:
     """Every second layer takes the attention of the one before, with as many heads."""
     layers = list(arch.layers)
     for i in range(1, len(layers), 2):
@@ -56,20 +99,21 @@ def _shares(arch: Arch, sequence: int) -> Arch:
     return replace(arch, layers=tuple(layers))
 
 
-def _rank(arch: Arch, sequence: int) -> Arch:
+def _rank(arch: Arch, lengths: Lengths) -> Arch:
     """All matrices of a rank of about a third of the residual stream."""
     rank = max(arch.hidden // 3 // 8 * 8, 1)
     return _changed(arch, lambda i: {"rank": rank})
 
 
-VARIANTS: Mapping[str, Callable[[Arch, int], Arch]] = {
+VARIANTS: Mapping[str, Callable[[Arch, Lengths], Arch]] = {
+    "padding": _padding,
     "tokens": _tokens,
     "shares": _shares,
     "rank": _rank,
-    "activation": lambda arch, sequence: _changed(arch, lambda i: {"activation": "relu"}),
-    "norm": lambda arch, sequence: _changed(arch, lambda i: {"norm": "affine"}),
+    "activation": lambda arch, lengths: _changed(arch, lambda i: {"activation": "relu"}),
+    "norm": lambda arch, lengths: _changed(arch, lambda i: {"norm": "affine"}),
 }
-"""Ways to change how an encoder's layers compute: (shape, tokens) to the changed shape."""
+"""Ways to change how an encoder's layers compute: (shape, lengths) to the changed shape."""
 
 
 @dataclass(frozen=True)
@@ -85,17 +129,25 @@ class Saving:
 
 
 def traits(before: Arch, after: Arch, sequence: int | None) -> np.ndarray:
-    """What a saving may depend on, [3 · kinds]: for each kind of change its layers, their heads and their neurons.
+    """What a saving may depend on: for each kind of change its layers, their heads and their neurons.
 
-    A layer from which fewer tokens leave counts by the share of tokens that are left out.
+    Tokens that are gone save in all layers that they do not reach: the share of them that does not enter a layer, and
+    the share that does not leave its attention, each with the layer's heads and with its neurons.
     """
     found = np.zeros((len(KINDS), 3))
+    flow = np.zeros((2, 3))
+    entering = 0.0
     for old, new in zip(before.layers, after.layers, strict=True):
+        size = np.asarray([1.0, old.heads, old.neurons])
+        leaving = _left_out(new.tokens, sequence) if new.tokens else entering
+        flow += np.outer([entering, leaving], size)
+        entering = leaving
         for row, kind in enumerate(KINDS):
-            if getattr(old, kind) != getattr(new, kind):
-                weight = _left_out(new.tokens, sequence) if kind == "tokens" else 1.0
-                found[row] += weight * np.asarray([1.0, old.heads, old.neurons])
-    return found.reshape(-1)
+            if kind == "tokens":
+                found[row, 0] += float(new.tokens > 1)
+            elif getattr(old, kind) != getattr(new, kind):
+                found[row] += size
+    return np.concatenate([found, flow]).reshape(-1)
 
 
 def fit_saving(pairs: Sequence[tuple[Arch, Arch]], saved: Sequence[float], sequence: int | None) -> Saving:
@@ -111,12 +163,13 @@ def fit_saving(pairs: Sequence[tuple[Arch, Arch]], saved: Sequence[float], seque
 
 
 def probes(arch: Arch) -> list[Arch]:
-    """Shapes to time with changed operators: one layer and a few, in widths that tell heads and neurons apart."""
-    heads, neurons = arch.layers[0].heads, arch.layers[0].neurons
+    """Shapes to time with changed operators: of one, a few and all layers, in widths that tell their parts apart."""
+    heads, neurons, depth = arch.layers[0].heads, arch.layers[0].neurons, len(arch.layers)
     widths = [(heads, neurons), (max(heads // 2, 1), max(neurons // 3, 1))]
     widths += [(heads, max(neurons // 8, 1)), (max(heads // 6, 1), max(neurons // 2, 1))]
-    depths = sorted({min(depth, len(arch.layers)) for depth in (1, 3)})
-    return list(dict.fromkeys(uniform(arch, depth, *width) for depth in depths for width in widths))
+    shapes = [uniform(arch, min(few, depth), *width) for few in (1, 3) for width in widths]
+    shapes += [uniform(arch, depth, max(heads // share, 1), max(neurons // share, 1)) for share in (2, 6)]
+    return list(dict.fromkeys(shapes))
 
 
 def _left_out(tokens: int, sequence: int | None) -> float:

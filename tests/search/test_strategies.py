@@ -20,7 +20,7 @@ from edgekd.errors import BudgetError, RecipeError, StageError
 from edgekd.latency.cell import Cell, Curve, Frame
 from edgekd.latency.table import Conditions, LatencyTable
 from edgekd.search import Search
-from edgekd.search.candidates import Means, Pool
+from edgekd.search.candidates import Means, Pool, is_even
 from edgekd.search.evidence import load_evidence, save_evidence
 from edgekd.search.evolution import UNSCORED, Evolution, evolve
 from edgekd.search.front import FILES, Candidate, Front, pareto
@@ -32,7 +32,7 @@ from edgekd.search.proxies import PROXIES, ProxyContext
 from edgekd.search.space import Space, Steps, multiples, with_hidden
 from edgekd.search.steps import choose_steps, rises
 from edgekd.search.tournament import Tournament
-from edgekd.search.variants import fit_saving, plain, probes, variant_of, vary
+from edgekd.search.variants import Lengths, fit_saving, plain, probes, variant_of, vary
 from edgekd.student import load_student
 from edgekd.supernet.space import kept_layers
 from edgekd.surgery import Importance, measure_importance
@@ -183,12 +183,13 @@ def test_shapes_of_error_curves_are_candidates_if_they_fit():
 
 
 def test_a_field_has_different_depths_and_every_variant():
-    pool = pool_of(Search(variants=["rank", "shares"]), steps=Steps(1, 16), sequence=16)
-    field = pool.field(1.5, 5)
-    assert len(field) == 5
+    pool = pool_of(Search(variants=["rank", "shares"]), steps=Steps(1, 16), lengths=Lengths(16, 16))
+    field = pool.field(1.5, 6)
+    assert len(field) == 6
     assert {variant_of(candidate.arch) for candidate in field} == {"", "rank", "shares"}
-    field = pool_of(Search(), steps=Steps(1, 16)).field(0.87, 3)
-    assert sorted(len(candidate.arch.layers) for candidate in field) == [1, 2, 3]
+    assert {is_even(candidate.arch) for candidate in field if not variant_of(candidate.arch)} == {True, False}
+    field = pool_of(Search(), steps=Steps(1, 16)).field(0.87, 4)
+    assert {len(candidate.arch.layers) for candidate in field} == {1, 2, 3}
     # One layer, however wide, uses only 0.856 ms.
     field = pool_of(Search(), steps=Steps(1, 16)).field(1.1, 4)
     assert {len(candidate.arch.layers) for candidate in field} == {2, 3}
@@ -410,8 +411,8 @@ def saved_ms(arch: Arch) -> float:
 
 def test_savings_of_operators_are_learnt_from_a_few_shapes():
     shapes = probes(arch_of(6))
-    assert {len(shape.layers) for shape in shapes} == {1, 3}
-    assert len({shape.layers[0].neurons for shape in shapes}) == 4
+    assert {len(shape.layers) for shape in shapes} == {1, 3, 6}
+    assert len({shape.layers[0].neurons for shape in shapes}) == 5
     saving = fit_saving([(s, reshape(s)) for s in shapes], [saved_ms(s) for s in shapes], 16)
     other = replace(ARCH, layers=(ARCH.layers[0], replace(ARCH.layers[1], heads=3, neurons=70)))
     assert saving(other, reshape(other)) == pytest.approx(saved_ms(other), rel=0.15)
@@ -426,15 +427,18 @@ def test_savings_of_operators_are_learnt_from_a_few_shapes():
 
 
 def test_variants_change_how_layers_compute_and_nothing_else():
-    for name in ("tokens", "shares", "rank", "activation", "norm"):
-        changed = vary(name, ARCH, 16)
+    lengths = Lengths(16, 12)
+    for name in ("padding", "tokens", "shares", "rank", "activation", "norm"):
+        changed = vary(name, ARCH, lengths)
         assert changed != ARCH
         assert variant_of(changed) == name
         assert plain(changed) == ARCH
-    assert [layer.tokens for layer in vary("tokens", ARCH, 16).layers] == [0, 8, 8]
+    assert [layer.tokens for layer in vary("tokens", ARCH, lengths).layers] == [12, 2, 0]
+    assert [layer.tokens for layer in vary("padding", ARCH, lengths).layers] == [12, 0, 0]
+    assert vary("padding", ARCH, Lengths(16, 16)) == ARCH
     uneven = replace(ARCH, layers=(ARCH.layers[0], replace(ARCH.layers[1], heads=2)))
-    assert [(layer.heads, layer.shares) for layer in vary("shares", uneven, 16).layers] == [(2, False), (2, True)]
-    assert vary("", ARCH, 16) == ARCH
+    assert [(layer.heads, layer.shares) for layer in vary("shares", uneven, lengths).layers] == [(2, False), (2, True)]
+    assert vary("", ARCH, lengths) == ARCH
 
 
 class FakeGauge:
@@ -557,3 +561,30 @@ def test_savings_of_heads_and_neurons_are_told_apart():
     for heads, neurons in ((12, 128), (1, 1536), (1, 112), (12, 1536)):
         shape = arch_of(depth=4, heads=heads, neurons=neurons, hidden=384)
         assert saving(shape, reshape(shape)) == pytest.approx(saved(shape), abs=0.02)
+
+
+def test_savings_of_fewer_tokens_follow_them_through_the_layers():
+    """Tokens that leave early save in every later layer; both ways to drop them are learnt together."""
+    full, lengths = arch_of(depth=6, heads=12, neurons=1536, hidden=384), Lengths(64, 40)
+
+    def ms(arch: Arch) -> float:
+        total, left = 0.0, 64
+        for layer in arch.layers:
+            total += left / 64 * 0.05 * layer.heads
+            left = layer.tokens or left
+            total += left / 64 * 0.001 * layer.neurons + 0.01 * (layer.tokens > 1)
+        return total
+
+    pairs = [(shape, reshape(vary(name, shape, lengths))) for name in ("padding", "tokens") for shape in probes(full)]
+    saving = fit_saving(pairs, [ms(before) - ms(after) for before, after in pairs], sequence=64)
+    for name in ("padding", "tokens"):
+        shape = arch_of(depth=5, heads=3, neurons=400, hidden=384)
+        after = reshape(vary(name, shape, lengths))
+        assert saving(shape, after) == pytest.approx(ms(shape) - ms(after), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("most", "texts", "usual"), [(64, [10] * 9 + [60], 16), (64, [80] * 5, 64), (None, [5], 0), (64, [], 64)]
+)
+def test_the_usual_length_is_read_from_texts(most, texts, usual):
+    assert Lengths.of(most, texts) == Lengths(most or 0, usual)
