@@ -133,8 +133,9 @@ def choose_shapes(options: argparse.Namespace) -> None:
         search, began = Search(), time.monotonic()
         planned = search.run(setup.teacher, context)
         shapes[f"edgekd-{speedup:g}"] = {"arch": planned.plan.to_dict(), "notes": plain(context.notes)}
-        predict = find_reference(search, setup.teacher, context).predictor(context.reshape)
-        limit = predict(planned.plan)
+        reference = find_reference(search, setup.teacher, context)
+        predict = reference.predictor(context.reshape)
+        limit = (1 - search.margin) * reference.teacher_ms / speedup
         for arm, arch in (
             ("every_other", evenly(setup.teacher.arch, limit, predict)),
             ("uniform", uniform(setup.teacher.arch, limit, predict)),

@@ -1,12 +1,14 @@
-"""Three budgets from one supernet against three runs of their own: accuracy, speedup, verdict and seconds of each.
+"""Several targets or budgets from one supernet against runs of their own: accuracy, speedup, verdict, seconds of each.
 
-    python bench/supernet.py TEACHER --data DIR [--speedups 3 6 12] [--out bench/results/supernet.json]
+    python bench/supernet.py TEACHER --data DIR --targets local cpu-x86-openvino npu-qualcomm-qcs9100 --speedups 2
+    python bench/supernet.py TEACHER --data DIR --speedups 3 6 12
 
-The first route trains a supernet once; for each budget, search, prune and a short distillation follow in the same run
-folder, where the supernet is found trained. The second route runs search, prune and a plain distillation anew for each
-budget. Both run `edgekd compress` as a user types it, with recipes that differ in these stages alone. A recipe has one
-budget for all its targets, so there is one command for each budget. `seconds` is the whole command; `stages` has the
-seconds of each stage that this command ran itself, and 0 for one taken up from before.
+The first route trains a supernet once; for each target and budget, search, prune and a short distillation follow in the
+same run folder, where the supernet is found trained. The second route runs search, prune and a plain distillation anew
+for each of them. Both run `edgekd compress` as a user types it, with recipes that differ in these stages alone. As a
+recipe has one budget for all its targets, the first route has one command for each budget, the second one for each
+target and budget. `seconds` is the whole command; `stages` has the seconds of each stage that this command ran itself,
+and 0 for one taken up from before. `--short-epochs 0` leaves the distillation after the supernet out.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--target", default="local")
+    parser.add_argument("--targets", nargs="+", default=["local"])
     parser.add_argument("--speedups", type=float, nargs="+", default=[3.0, 6.0, 12.0])
     parser.add_argument("--sequence", type=int)
     parser.add_argument("--threads", type=int, default=1)
@@ -54,28 +56,31 @@ def main() -> int:
         routes: dict[str, list[dict[str, Any]]] = {"supernet": [], "separate": []}
         for speedup in options.speedups:
             for route, rows in routes.items():
-                kept = folder / f"{route}-{speedup:g}.json"
-                row = json.loads(kept.read_text("utf-8")) if kept.is_file() else None
-                rows.append(row or run(recipe(route, speedup, options), folder / route, options))
-                write_json(kept, rows[-1])
-                print(json.dumps({"route": route, **rows[-1]}), flush=True)
-                write(options, routes)
+                for targets in [options.targets] if route == "supernet" else [[name] for name in options.targets]:
+                    kept = folder / f"{route}-{'-'.join(targets)}-{speedup:g}.json"
+                    row = json.loads(kept.read_text("utf-8")) if kept.is_file() else None
+                    rows.append(row or run(recipe(route, speedup, targets, options), folder / route, options))
+                    write_json(kept, rows[-1])
+                    print(json.dumps({"route": route, **rows[-1]}), flush=True)
+                    write(options, routes)
     return 0
 
 
-def recipe(route: str, speedup: float, options: Options) -> dict[str, Any]:
+def recipe(route: str, speedup: float, targets: list[str], options: Options) -> dict[str, Any]:
     """The recipe of one budget on one route."""
     shared = route == "supernet"
     stages: list[dict[str, Any]] = [{"supernet": {"epochs": options.supernet_epochs}}] if shared else []
     stages += [{"search": {}}, {"prune": {}}, *([{"operators": {}}] if options.operators else [])]
-    stages += [{"distill": {"epochs": options.short_epochs if shared else options.epochs}}]
+    epochs = options.short_epochs if shared else options.epochs
+    stages += [{"distill": {"epochs": epochs}}] if epochs else []
     stages += [] if options.no_quantize else [{"quantize": {}}]
     budget = {"speedup": speedup, "sequence": options.sequence, "threads": options.threads}
-    data = {"path": str(Path(options.data).absolute()), "limit": options.limit}
+    place = Path(options.data)
+    data = {"path": str(place.absolute()) if place.exists() else options.data, "limit": options.limit}
     return {
         "teacher": str(Path(options.teacher).absolute()),
         "data": {key: value for key, value in data.items() if value is not None},
-        "targets": [options.target],
+        "targets": targets,
         "budget": {key: value for key, value in budget.items() if value is not None},
         "stages": stages,
     }
@@ -96,12 +101,21 @@ def run(settings: dict[str, Any], out: Path, options: Options) -> dict[str, Any]
     if not answer.get("bundles"):
         said = answer.get("error") or answer.get("verdict") or done.stderr.strip()[-300:]
         return {**row, "error": str(said).replace(str(out), "RUN")}
-    manifest = json.loads((Path(next(iter(answer["bundles"].values()))) / "edgekd.json").read_text("utf-8"))
+    verdicts = {verdict["target"]: verdict["status"] for verdict in answer["verdict"]}
+    row["bundles"] = [bundle(name, Path(place), before) for name, place in answer["bundles"].items()]
+    for found in row["bundles"]:
+        found["verdict"] = verdicts.get(found["target"])
+    return row
+
+
+def bundle(target: str, folder: Path, before: set[str]) -> dict[str, Any]:
+    """What one bundle reached."""
+    manifest = json.loads((folder / "edgekd.json").read_text("utf-8"))
     entries = {entry["stage"]: entry for entry in manifest["ledger"]}
     latency, quality = manifest["latency"][0], manifest["quality"]
     return {
-        **row,
-        "verdict": answer["verdict"][0]["status"],
+        "target": target,
+        "latency_kind": latency.get("kind"),
         "speedup": latency.get("speedup"),
         "speedup_ci99": latency.get("speedup_ci99"),
         "p50_ms": latency.get("p50_ms"),
@@ -125,7 +139,7 @@ def write(options: Options, routes: dict[str, list[dict[str, Any]]]) -> None:
     facts = {
         "teacher": Path(options.teacher).name,
         "data": Path(options.data).name,
-        "target": options.target,
+        "targets": options.targets,
         "epochs": {
             "supernet": options.supernet_epochs,
             "distill_after_supernet": options.short_epochs,
