@@ -60,9 +60,9 @@ class Search:
     jobs: int = 1
     variants: list[Variant] | None = None
     finalists: int = 6
-    finalist_steps: int = 600
+    finalist_steps: int = 800
     init: list[str] = field(default_factory=list)
-    checks: int = 4
+    checks: int = 6
     table: str | None = None
     force: bool = False
 

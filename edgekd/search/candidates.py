@@ -95,7 +95,8 @@ class Pool:
         """At most so many shapes for a closer look: the best of every kind first, then the next best.
 
         Kinds are depths, widths of the residual stream, variants, and whether all layers are alike: the proxy is not
-        trusted between them. The best shapes with equal and with unequal layers come first, plain and of each variant.
+        trusted between them. After the best of all come, plain and of each variant, the deepest with equal layers and
+        the best with unequal ones: what is deep and narrow looks worst before training and turns out best after it.
         """
         ranked = self.ranked(limit)
         able = [candidate for candidate in ranked if self._able(candidate.arch, limit)]
@@ -104,11 +105,15 @@ class Pool:
         for candidate in ranked:
             arch = candidate.arch
             best.setdefault((len(arch.layers), arch.hidden, variant_of(arch), is_even(arch)), candidate)
-        found = {(variant_of(each.arch), is_even(each.arch)): each for each in reversed(best.values())}
-        first = [found.get((name, even)) for name in ("", *(self.settings.variants or ())) for even in (True, False)]
-        named = [candidate for candidate in first if candidate is not None]
-        chosen = list(dict.fromkeys([*ranked[:1], *named, *best.values(), *ranked]))
+        even = sorted((each for each in best.values() if is_even(each.arch)), key=lambda each: -len(each.arch.layers))
+        uneven = [each for each in best.values() if not is_even(each.arch)]
+        named = [_first(kind, name) for kind in (even, uneven) for name in self._names()]
+        chosen = list(dict.fromkeys([*ranked[:1], *(each for each in named if each), *best.values(), *ranked]))
         return sorted(chosen[:count], key=lambda candidate: candidate.proxy)
+
+    def _names(self) -> list[str]:
+        """The variants, those that change most first, and the plain shape."""
+        return [*reversed(self.settings.variants or ()), ""]
 
     def fitted(self, shape: Arch, limit: float, avoid: Sequence[Arch] = ()) -> Arch | None:
         """The best shape near another one, with the same layers, that uses up a limit; finer steps where needed."""
@@ -220,6 +225,10 @@ class Pool:
                 least = max(fewest, space.droppable.count(False))
                 self._chain = [subsets(count) for count in range(depth, least - 1, -1)]
         return self._chain
+
+
+def _first(candidates: Sequence[Candidate], name: str) -> Candidate | None:
+    return next((candidate for candidate in candidates if variant_of(candidate.arch) == name), None)
 
 
 def is_even(arch: Arch) -> bool:

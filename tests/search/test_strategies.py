@@ -184,8 +184,8 @@ def test_shapes_of_error_curves_are_candidates_if_they_fit():
 
 def test_a_field_has_different_depths_and_every_variant():
     pool = pool_of(Search(variants=["rank", "shares"]), steps=Steps(1, 16), lengths=Lengths(16, 16))
-    field = pool.field(1.5, 6)
-    assert len(field) == 6
+    field = pool.field(1.5, 7)
+    assert len(field) == 7
     assert {variant_of(candidate.arch) for candidate in field} == {"", "rank", "shares"}
     assert {is_even(candidate.arch) for candidate in field if not variant_of(candidate.arch)} == {True, False}
     field = pool_of(Search(), steps=Steps(1, 16)).field(0.87, 4)
