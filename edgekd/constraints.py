@@ -13,6 +13,8 @@ from edgekd.draft import Draft, dotted
 from edgekd.errors import RecipeError, TargetError
 from edgekd.quantize import CHOICES, Quantize, candidates
 from edgekd.schema import At, Mistake
+from edgekd.sparsify import Sparsify
+from edgekd.sparsify.patterns import remark
 from edgekd.target import Target, load_target, probe
 from edgekd.target_fields import form_precision
 
@@ -77,7 +79,6 @@ def _loaded(names: Iterable[Any], mistakes: list[Mistake]) -> Iterator[Target]:
 
 def _of_target(target: Target, budget: Budget, stages: Mapping[str, Any], *, whole: bool = True) -> Iterator[Mistake]:
     yield from _forms(target, stages, whole=whole)
-    yield from _patterns(target, stages)
     yield from _sizes(target, budget)
     if whole or "search" in stages:
         yield from _latency(target, budget, stages)
@@ -118,13 +119,13 @@ def _needs(target: Target) -> str:
     return ("static shapes and " if target.is_static else "") + " or ".join(precisions)
 
 
-def _patterns(target: Target, stages: Mapping[str, Any]) -> Iterator[Mistake]:
-    """Whether the zeros that sparsify makes pay on the target."""
-    pattern = getattr(stages.get("sparsify"), "pattern", None)
-    if pattern is not None and pattern not in target.sparsity:
-        pays = f"what pays there: {', '.join(target.sparsity)}" if target.sparsity else "no pattern does"
-        at: At = ("stages", list(stages).index("sparsify"), "sparsify", "pattern")
-        yield Mistake(at, f"zeros in the pattern {pattern} do not pay on target {target.name}; {pays}")
+def remarks(targets: Iterable[Target], stages: Mapping[str, Any]) -> list[str]:
+    """What is not wrong with the stages, but better said before hours of training than after."""
+    stage = stages.get("sparsify")
+    if not isinstance(stage, Sparsify):
+        return []
+    said = (remark(stage.pattern, target) for target in targets)
+    return [f"sparsify: {text}" for text in said if text]
 
 
 def _sizes(target: Target, budget: Budget) -> Iterator[Mistake]:

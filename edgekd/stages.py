@@ -13,10 +13,11 @@ from edgekd.prune import Prune
 from edgekd.quantize import Quantize
 from edgekd.schema import At, Mistake, keys_of, read, show
 from edgekd.search import Search
+from edgekd.sparsify import Sparsify
 from edgekd.supernet import Supernet
 from edgekd.vocabulary import Vocabulary
 
-Stage = Supernet | Search | Prune | Operators | Distill | Vocabulary | Quantize
+Stage = Supernet | Search | Prune | Operators | Distill | Vocabulary | Quantize | Sparsify
 
 STAGES: dict[str, type[Stage]] = {
     "supernet": Supernet,
@@ -26,13 +27,12 @@ STAGES: dict[str, type[Stage]] = {
     "distill": Distill,
     "vocabulary": Vocabulary,
     "quantize": Quantize,
+    "sparsify": Sparsify,
 }
 """The stages in the only order in which they may run."""
 
 SHARED = ("supernet",)
 """Stages that do not depend on target and budget: a run does them once, for all its targets and rounds."""
-
-NOT_YET = {"sparsify": "sparsify is not available in this version of edgekd: leave the stage out"}
 
 
 def build_stage(name: str, settings: Mapping[str, Any], source: str = "--set") -> Stage:
@@ -97,7 +97,7 @@ def _order(places: Mapping[str, int]) -> Iterator[Mistake]:
 
 def _stage(name: str, settings: Any, at: At, mistakes: list[Mistake]) -> Stage | None:
     if name not in STAGES:
-        mistakes.append(Mistake(at[:-1], NOT_YET.get(name) or unknown("stage", name, STAGES), key=name))
+        mistakes.append(Mistake(at[:-1], unknown("stage", name, STAGES), key=name))
         return None
     before = len(mistakes)
     values = read(keys_of(STAGES[name]), settings, at, mistakes)

@@ -14,8 +14,9 @@ import torch
 
 from edgekd.arch import Arch
 from edgekd.errors import ModelError
-from edgekd.families import arch_of, compact, family_of
+from edgekd.families import arch_of, boost, compact, family_of
 from edgekd.families.family import Family
+from edgekd.families.zeros import lost_zeros
 
 SECTION = "edgekd"
 PROCESSOR_FILES = (
@@ -37,6 +38,7 @@ class Student:
     """A transformers model with what edgekd knows of it.
 
     `plan` is the shape that search chose and prune has not cut yet; `quantization` is how export lowers the graph.
+    `sparsity` is what `edgekd.families.zeros` promises of zeros in the weights.
     `ordered`: the heads and neurons of each layer are sorted, so that every prefix is a good sub-network.
     """
 
@@ -45,6 +47,7 @@ class Student:
     processor_dir: Path | None = None
     plan: Arch | None = None
     quantization: dict[str, Any] | None = None
+    sparsity: dict[str, Any] | None = None
     ordered: bool = False
 
     @property
@@ -65,6 +68,8 @@ class Student:
             section["plan"] = self.plan.to_dict()
         if self.quantization is not None:
             section["quantization"] = self.quantization
+        if self.sparsity is not None:
+            section["sparsity"] = self.sparsity
         if self.ordered:
             section["ordered"] = True
         if self.arch.vocabulary:
@@ -90,10 +95,13 @@ def load_student(source: str | Path, *, auto_class: str) -> Student:
         auto_class: the transformers class, for instance `AutoModelForSequenceClassification`.
 
     Raises:
-        ModelError: no folder, no config, no safetensors weights, weights that do not fit, or an unknown family.
+        ModelError: no folder, no config, no safetensors weights, weights that do not fit or have lost the zeros that
+            the config promises, or an unknown family.
     """
     folder = local_folder(str(source))
     config = read_config(folder)
+    if config.get("quantization_config"):
+        raise ModelError(f"{folder} comes quantized (its config has a quantization_config): give the float model")
     family_of(str(config.get("model_type")))
     require_weights(folder)
     section = config.get(SECTION) or {}
@@ -103,12 +111,15 @@ def load_student(source: str | Path, *, auto_class: str) -> Student:
     real = arch_of(model, tuple(layer.source for layer in arch.layers))
     if real != replace(arch, channels=arch.channels or real.channels):
         raise ModelError(f"{folder}: the weights do not have the shapes that config.json states ({arch.describe()})")
+    if problem := lost_zeros(model, section.get("sparsity")):
+        raise ModelError(f"{folder}: {problem}")
     return Student(
         model=model.eval(),
         arch=real,
         processor_dir=folder,
         plan=plan,
         quantization=section.get("quantization"),
+        sparsity=section.get("sparsity"),
         ordered=bool(section.get("ordered", False)),
     )
 
@@ -187,12 +198,12 @@ def _build(folder: Path, auto_class: str, section: dict[str, Any]) -> Any:
                         "of this task; train one first with `edgekd finetune`"
                     )
                 return model
-            return _rebuild(folder, auto, Arch.from_dict(section["arch"]))
+            return _rebuild(folder, auto, Arch.from_dict(section["arch"]), section.get("sparsity") or {})
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(f"{folder} cannot be loaded as {auto_class}: {error}") from None
 
 
-def _rebuild(folder: Path, auto: Any, arch: Arch) -> Any:
+def _rebuild(folder: Path, auto: Any, arch: Arch, sparsity: dict[str, Any]) -> Any:
     """Build the teacher's own shape without values, cut it to the student's, and load the weights."""
     from safetensors.torch import load_file
     from transformers import AutoConfig
@@ -204,6 +215,8 @@ def _rebuild(folder: Path, auto: Any, arch: Arch) -> Any:
     with no_init_weights():
         model = auto.from_config(config, dtype=torch.float32)
     _shape(model, arch)
+    if "boost" in sparsity:
+        boost.install(model, sparsity["boost"]["modules"], sparsity["boost"]["inputs"])
     missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:

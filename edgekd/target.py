@@ -17,7 +17,17 @@ import yaml
 
 from edgekd import host
 from edgekd.errors import TargetError, unknown
-from edgekd.target_fields import FIELDS, PRECISIONS, PROBE, PROBED, REQUIRED, RUNTIMES, check_options, form_precision
+from edgekd.target_fields import (
+    FIELDS,
+    PRECISIONS,
+    PROBE,
+    PROBED,
+    REQUIRED,
+    RUNTIMES,
+    WEIGHTS_ALONE,
+    check_options,
+    form_precision,
+)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Without one of these the CPU has no fused 8-bit dot product, and int8 may be no faster than fp32.
@@ -89,7 +99,8 @@ class Target:
             return self.lowerings
         runtime = RUNTIMES[self.runtime]
         usual = runtime.usual.get(self.device, runtime.lowerings)
-        return tuple(form for form in usual if form_precision(form) in self.precisions) or usual
+        runs = [form for form in usual if form_precision(form) in self.precisions or form in WEIGHTS_ALONE]
+        return tuple(runs) or usual
 
     @property
     def is_static(self) -> bool:

@@ -13,6 +13,8 @@ PROBE = "probe"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 KINDS = ("cpu", "gpu", "npu")
 SHAPES = ("dynamic", "static")
+WEIGHTS_ALONE = ("int8_weights", "int4_weights")
+"""Forms that store weights in fewer bits and compute as the runtime likes: any precision of a CPU will do."""
 SPARSITIES = ("2:4", "block", "channel", "unstructured")
 BUDGETS = ("latency_p95_ms", "speedup", "size_mb", "batch", "sequence")
 GRAPH_LEVELS = ("disabled", "basic", "extended", "all")
@@ -123,16 +125,39 @@ SESSION_OPTIONS: dict[str, Callable[[Any], Any]] = {
 
 RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": Runtime(
-        lowerings=("fp32", "fp32_fused", "int8_dynamic", "int8_dynamic_fused", "int8_static", "fp16", "int8_qdq"),
+        lowerings=(
+            "fp32",
+            "fp32_fused",
+            "fp32_lean",
+            "int8_dynamic",
+            "int8_dynamic_fused",
+            "int8_dynamic_lean",
+            "int8_static",
+            "int8_static_lean",
+            "fp16",
+            "fp16_weights",
+            "int8_qdq",
+            *WEIGHTS_ALONE,
+        ),
         usual={
-            "cpu": ("int8_dynamic", "int8_dynamic_fused", "int8_static", "fp32_fused", "fp32"),
+            "cpu": (
+                "int8_dynamic_fused",
+                "int8_dynamic_lean",
+                "int8_static_lean",
+                "int8_dynamic",
+                "int8_static",
+                "fp32_fused",
+                "fp32_lean",
+                "fp32",
+                *WEIGHTS_ALONE,
+            ),
             "gpu": ("fp16", "int8_qdq", "fp32_fused", "fp32"),
             "npu": ("int8_qdq", "fp16", "fp32"),
         },
         options={**SESSION_OPTIONS, "provider_options": _by_name(_entries)},
     ),
     "openvino": Runtime(
-        lowerings=("fp32", "int8_qdq"),
+        lowerings=("fp32", "bf16", "int8_qdq"),
         options={"device": _text, "precision": _one_of("precision", ("f32", "bf16", "f16")), "config": _entries},
     ),
     "qualcomm": Runtime(

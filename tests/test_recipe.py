@@ -247,7 +247,7 @@ ONE = [
     ("epochs: 2", "epochs: 0", "9: stages.distill.epochs: "),
     ("epochs: 2", "schedule: cosin", "9: stages.distill.schedule: "),
     ("quantize: {}", "quantise: {}", "10: stages: unknown stage 'quantise' (did you mean 'quantize'?)"),
-    ("quantize: {}", "sparsify: {}", "10: stages: sparsify is not available in this version of edgekd"),
+    ("quantize: {}", "sparsify: {pattern: 2:5}", "10: stages.sparsify.pattern: expected one of: "),
     ("quantize: {}", "search: {}", "10: stages.search: this stage is already in the list; a stage runs once"),
     ("quantize: {}", "quantize: 8", "10: stages.quantize: expected a mapping with keys "),
     ("quantize: {}", "{}", "10: stages: expected one `- name: {settings}`, got {}"),
@@ -282,9 +282,7 @@ def test_two_targets_of_one_name_would_share_a_bundle(tmp_path):
 
 def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file():
     text = changed("speedup: 4", "speedup: fast\n  buget: 1").replace("teacher: ", "techer: ")
-    text = text.replace("epochs: 2, learning_rate: 5e-5", "epochs: two, schedule: cosin").replace(
-        "quantize", "sparsify"
-    )
+    text = text.replace("epochs: 2, learning_rate: 5e-5", "epochs: two, schedule: cosin").replace("quantize", "squeeze")
     assert [line.split(": ", 1)[0] for line in mistakes(text, "sed=1", "stages.distil.epochs=1", "x")] == [
         *("recipe.yaml:1", "recipe.yaml:1", "recipe.yaml:5", "recipe.yaml:6"),
         *("recipe.yaml:10", "recipe.yaml:10", "recipe.yaml:11"),

@@ -187,8 +187,11 @@ def test_a_source_must_be_of_a_key_in_the_file() -> None:
 
 def test_a_target_without_forms_has_those_of_its_precisions() -> None:
     cpu = parse(RIGHT, Path("box.yaml"))
-    assert cpu.forms == ("int8_dynamic", "int8_dynamic_fused", "int8_static", "fp32_fused", "fp32")
-    assert parse(RIGHT.replace(", int8", ""), Path("box.yaml")).forms == ("fp32_fused", "fp32")
+    weights = ("int8_weights", "int4_weights")
+    lean, others = ("int8_dynamic_lean", "int8_static_lean"), ("int8_dynamic", "int8_static")
+    floats = ("fp32_fused", "fp32_lean", "fp32")
+    assert cpu.forms == ("int8_dynamic_fused", *lean, *others, *floats, *weights)
+    assert parse(RIGHT.replace(", int8", ""), Path("box.yaml")).forms == (*floats, *weights)
     gpu = RIGHT.replace("device: cpu", "device: gpu").replace("[fp32, int8]", "[fp32, fp16]")
     assert parse(gpu, Path("box.yaml")).forms == ("fp16", "fp32_fused", "fp32")
     assert parse(RIGHT + "lowerings: [fp32]\n", Path("box.yaml")).forms == ("fp32",)

@@ -29,7 +29,7 @@ def _problems(name: str, value: Any, hint: Any) -> Iterator[str]:
                 yield from _problems(name, value, option)
     elif origin is Literal:
         if value not in arguments:
-            yield unknown(name, str(value), arguments)
+            yield unknown(name, str(value), [str(each) for each in arguments])
     elif origin is Annotated:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             yield f"{name} must be a number, not {value!r}"

@@ -3,6 +3,8 @@
 CACHE/teacher-KEY/logits.npy       float32 [N, C]
                   hidden-I.npy     float16 [tokens of all samples, D], sample after sample
                   offsets-I.npy    int64 [N + 1], where each sample's tokens begin
+                  output-I.npy     float16 [tokens of all samples, D], what attention of layer I gives
+                  output-offsets-I.npy
 """
 
 from __future__ import annotations
@@ -37,40 +39,53 @@ def cache_bytes(sizes: Sequence[tuple[int, int]], samples: int, classes: int) ->
     return samples * classes * 4 + sum(tokens * width * 2 + (samples + 1) * 8 for tokens, width in sizes)
 
 
-def cache_key(teacher: nn.Module, data: Encoded, hidden: Sequence[int]) -> str:
+def cache_key(teacher: nn.Module, data: Encoded, hidden: Sequence[int], outputs: Sequence[int] = ()) -> str:
     """What the outputs depend on: the teacher's weights, the encoded data (with its length limit), the layers."""
     parts = [_VERSION, fingerprint(teacher), data.fingerprint, len(data), sorted(hidden)]
-    return sha256_json(parts)[:24]
+    return sha256_json([*parts, sorted(outputs)] if outputs else parts)[:24]
 
 
 def cached(
-    teacher: nn.Module, data: Encoded, *, hidden: Sequence[int], folder: Path, device: torch.device, progress: Progress
+    teacher: nn.Module,
+    data: Encoded,
+    *,
+    hidden: Sequence[int],
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+    outputs: Sequence[int] = (),
 ) -> Source:
     """A source of signals that reads the cache, which is built first where it is missing.
 
     Processes that want the same outputs at the same time wait for the one that computes them.
     """
-    path = folder / f"teacher-{cache_key(teacher, data, hidden)}"
+    path = folder / f"teacher-{cache_key(teacher, data, hidden, outputs)}"
     if not path.is_dir():
         with _locked(path.with_suffix(".lock")):
             if not path.is_dir():
-                _build(path, teacher, data, hidden=hidden, device=device, progress=progress)
-    return open_cache(path, hidden)
+                source = live(teacher, hidden=hidden, outputs=outputs)
+                _build(path, source, data, device=device, progress=progress)
+    return open_cache(path, hidden, outputs)
 
 
-def open_cache(path: Path, hidden: Sequence[int]) -> Source:
+def open_cache(path: Path, hidden: Sequence[int], outputs: Sequence[int] = ()) -> Source:
     """Read a finished cache; files that would take much of the memory are mapped, not loaded."""
     logits = torch.from_numpy(np.load(path / "logits.npy"))
-    size = sum((path / f"hidden-{i}.npy").stat().st_size for i in hidden)
+    names = {f"hidden-{i}": f"offsets-{i}" for i in hidden} | {f"output-{i}": f"output-offsets-{i}" for i in outputs}
+    size = sum((path / f"{name}.npy").stat().st_size for name in names)
     # Copy-on-write mapping: torch refuses to share read-only memory.
     mode: Literal["c"] | None = "c" if size > _free_memory() // 4 else None
-    states = {i: torch.from_numpy(np.load(path / f"hidden-{i}.npy", mmap_mode=mode)) for i in hidden}
-    offsets = {i: np.load(path / f"offsets-{i}.npy") for i in hidden}
+    states = {name: torch.from_numpy(np.load(path / f"{name}.npy", mmap_mode=mode)) for name in names}
+    offsets = {name: np.load(path / f"{file}.npy") for name, file in names.items()}
 
     def source(indices: np.ndarray, batch: Batch) -> Signals:
         device = next(iter(batch.values())).device
-        rows = {i: _gather(states[i], offsets[i], indices).to(device) for i in hidden}
-        return Signals(logits=logits[torch.from_numpy(indices)].to(device), hidden=rows)
+        rows = {name: _gather(states[name], offsets[name], indices).to(device) for name in names}
+        return Signals(
+            logits=logits[torch.from_numpy(indices)].to(device),
+            hidden={i: rows[f"hidden-{i}"] for i in hidden},
+            outputs={i: rows[f"output-{i}"] for i in outputs},
+        )
 
     return source
 
@@ -84,9 +99,7 @@ def _gather(states: Tensor, offsets: np.ndarray, indices: np.ndarray) -> Tensor:
     return torch.cat([states[offsets[i] : offsets[i + 1]] for i in indices])
 
 
-def _build(
-    path: Path, teacher: nn.Module, data: Encoded, *, hidden: Sequence[int], device: torch.device, progress: Progress
-) -> None:
+def _build(path: Path, source: Source, data: Encoded, *, device: torch.device, progress: Progress) -> None:
     """Compute all outputs into a folder beside `path` and rename it when it is complete. The caller holds the lock."""
     partial = path.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -95,7 +108,7 @@ def _build(
     files: dict[str, np.ndarray] = {}
     progress.start("teacher outputs", len(data))
     try:
-        for indices, batch, signals in sweep(live(teacher, hidden=hidden), data, device):
+        for indices, batch, signals in sweep(source, data, device):
             if not files:
                 files = _allocate(partial, data, batch, signals)
             _write(files, indices, batch, signals)
@@ -113,15 +126,23 @@ def _allocate(folder: Path, data: Encoded, batch: Batch, signals: Signals) -> di
     samples = len(data)
     shape = (samples, signals.logits.shape[1])
     files: dict[str, np.ndarray] = {"logits": _create(folder / "logits.npy", shape, np.float32)}
-    for i, rows in signals.hidden.items():
+    for name, offset, rows in _states(signals):
         counts = data.lengths
         if "attention_mask" not in batch:
             counts = np.full(samples, len(rows) // len(signals.logits), np.int64)
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        np.save(folder / f"offsets-{i}.npy", offsets)
-        files[f"offsets-{i}"] = offsets
-        files[f"hidden-{i}"] = _create(folder / f"hidden-{i}.npy", (int(offsets[-1]), rows.shape[1]), np.float16)
+        np.save(folder / f"{offset}.npy", offsets)
+        files[offset] = offsets
+        files[name] = _create(folder / f"{name}.npy", (int(offsets[-1]), rows.shape[1]), np.float16)
     return files
+
+
+def _states(signals: Signals) -> Iterator[tuple[str, str, Tensor]]:
+    """Files of states and of their offsets, with the rows `[valid tokens, D]` of a batch."""
+    for i, rows in signals.hidden.items():
+        yield f"hidden-{i}", f"offsets-{i}", rows
+    for i, rows in signals.outputs.items():
+        yield f"output-{i}", f"output-offsets-{i}", rows
 
 
 def _create(file: Path, shape: tuple[int, int], dtype: type[np.generic]) -> np.ndarray:
@@ -131,11 +152,11 @@ def _create(file: Path, shape: tuple[int, int], dtype: type[np.generic]) -> np.n
 
 def _write(files: dict[str, np.ndarray], indices: np.ndarray, batch: Batch, signals: Signals) -> None:
     files["logits"][indices] = signals.logits.float().cpu().numpy()
-    for i, rows in signals.hidden.items():
+    for name, offset, rows in _states(signals):
         half = rows.float().clamp(_FP16.min, _FP16.max).half().cpu().numpy()
-        offsets, first = files[f"offsets-{i}"], 0
+        offsets, first = files[offset], 0
         for index, count in zip(indices, token_counts(batch, len(rows)).tolist(), strict=True):
-            files[f"hidden-{i}"][offsets[index] : offsets[index + 1]] = half[first : first + count]
+            files[name][offsets[index] : offsets[index + 1]] = half[first : first + count]
             first += count
 
 

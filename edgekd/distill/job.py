@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,7 +37,12 @@ class Job:
 
     `plan(epoch)` gives the epoch's batches of sample indices; `collate(indices)` the tensors of one batch;
     `loss(batch, indices)` the mean loss of its samples. `modules` holds all that is trained; `evaluate()` scores
-    its present weights, more is better. `after_step` runs after every optimizer step (masks, schedules).
+    its present weights, more is better.
+
+    Steps count from 0. `before_step(step, steps in all)` runs before the batches of an optimizer step, `after_step`
+    after it; both must depend on the step and the modules' tensors alone, so that a run can be taken up again.
+    `decay(step, steps in all)` gives what else pulls at parameters, outside the momentum (`step_with_decay`).
+    `settled(steps done, steps in all)`: whether the modules are what may be kept; unsettled ones are only evaluated.
     """
 
     modules: nn.Module
@@ -47,6 +52,9 @@ class Job:
     evaluate: Callable[[], float]
     fingerprint: str = ""
     after_step: Callable[[], None] | None = None
+    before_step: Callable[[int, int], None] | None = None
+    decay: Callable[[int, int], Mapping[nn.Parameter, Tensor]] | None = None
+    settled: Callable[[int, int], bool] = lambda done, total: True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgekd.context import Progress, Silent
 from edgekd.distill.job import Job, Outcome, Training
 from edgekd.distill.meter import Meter
-from edgekd.distill.optimizer import average, clones, copy_into
+from edgekd.distill.optimizer import average, clones, copy_into, step_with_decay
 from edgekd.distill.precision import autocast
 from edgekd.distill.processes import this_process
 from edgekd.distill.run import Run
@@ -78,6 +78,8 @@ def _epoch(run: Run, meter: Meter) -> None:
 def _step(run: Run, group: list[np.ndarray]) -> tuple[Tensor, bool]:
     """One optimizer step over a group of batches, each weighted by its samples: mean loss, and whether to save."""
     job, settings, processes = run.job, run.settings, run.processes
+    if job.before_step is not None:
+        job.before_step(run.state.step, run.total)
     samples = sum(len(indices) for indices in group)
     total = torch.zeros((), device=processes.device)
     for indices in group[processes.rank :: processes.size]:
@@ -92,7 +94,7 @@ def _step(run: Run, group: list[np.ndarray]) -> tuple[Tensor, bool]:
     factor = rate_at(run.state.step, run.total, warmup=settings.warmup, schedule=settings.schedule)
     for parameters in run.optimizer.param_groups:
         parameters["lr"] = settings.learning_rate * factor
-    run.optimizer.step()
+    step_with_decay(run.optimizer, job.decay(run.state.step, run.total) if job.decay is not None else {})
     run.optimizer.zero_grad(set_to_none=True)
     if job.after_step is not None:
         job.after_step()
@@ -109,14 +111,20 @@ def _evaluate(run: Run, meter: Meter) -> None:
     copy_into(run.parameters, run.shadow)
     run.job.modules.eval()
     metric = run.processes.from_main(run.job.evaluate() if run.processes.main else 0.0)
-    if state.best is None or metric > state.best:
-        state.best, state.best_step, state.waited = metric, state.step, 0
-        run.best = clones(run.weights())
-    else:
-        state.waited += 1
+    if run.job.settled(state.step, run.total):
+        _keep_if_best(run, metric)
     copy_into(run.parameters, trained)
     run.job.modules.train()
     state.history.append({"step": state.step, "epoch": state.epoch, "loss": mean, "metric": metric})
     state.done = state.done or 0 < settings.patience <= state.waited
     meter.flush(metric=metric)
     run.save()
+
+
+def _keep_if_best(run: Run, metric: float) -> None:
+    state = run.state
+    if state.best is None or metric > state.best:
+        state.best, state.best_step, state.waited = metric, state.step, 0
+        run.best = clones(run.weights())
+    else:
+        state.waited += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgekd.context import Silent
 from edgekd.distill.adjust import dropout, frozen
 from edgekd.distill.cache import cache_bytes, cached
-from edgekd.distill.job import Batch, Job, Training, describe
+from edgekd.distill.job import Batch, Job, Outcome, Training, describe
 from edgekd.distill.loop import train
 from edgekd.distill.noise import with_noise
 from edgekd.distill.objective import Objective
@@ -39,36 +39,72 @@ if TYPE_CHECKING:
 
 def recover(settings: Distill, student: Student, ctx: Context) -> Student:
     """Train a copy of the student; see `Distill.run`."""
+    student = replace(student, model=copy.deepcopy(student.model))
+    outcome = fit(settings, student, ctx)
+    ctx.progress.say(f"distilled: {ctx.task.metric} {outcome.metric:.4f} on validation, after {outcome.steps} steps")
+    return student
+
+
+def fit(
+    settings: Any,
+    student: Student,
+    ctx: Context,
+    *,
+    teacher: Student | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
+    after_step: Callable[[], None] | None = None,
+    precision: str | None = None,
+    change: Callable[[Job], Job] = lambda job: job,
+) -> Outcome:
+    """Train the model of a student in place, and leave it on the CPU in `eval()` mode with its best weights.
+
+    Args:
+        settings: of a stage that trains, such as `Distill`.
+        student: whose model is trained.
+        ctx: the surroundings; `notes["training"]` is filled.
+        teacher: whom to learn from, if not the run's teacher, which still labels what has no label.
+        modules: what else is trained, or has a state to keep with the weights, by name.
+        after_step: runs after every optimizer step.
+        precision: of evaluation (default: that of training).
+        change: makes the job another one before it runs.
+
+    Raises:
+        RecipeError: a loss cannot be had for these two models, or training diverged.
+    """
     processes = this_process()
     ctx = ctx if processes.main else replace(ctx, progress=Silent())
     torch.manual_seed(ctx.seed)
     ctx, copies = with_copies(settings, ctx)
-    student = replace(student, model=copy.deepcopy(student.model).to(processes.device))
-    teacher = ctx.teacher.model.to(processes.device).eval()
+    student.model.to(processes.device)
+    taught = replace(ctx, teacher=teacher or ctx.teacher)
+    taught.teacher.model.to(processes.device).eval()
     terms = parse_terms(settings.losses)
-    wiring = wire(student, ctx.teacher, terms, batch=first_batch(ctx.train, processes), layer_map=settings.layer_map)
-    labels = known_labels(ctx.train)
+    layer_map = getattr(settings, "layer_map", "even")
+    wiring = wire(student, taught.teacher, terms, batch=first_batch(ctx.train, processes), layer_map=layer_map)
+    labelled = any("labels" in term.loss.needs for term in terms)
+    labels = known_labels(ctx.train) if labelled else unknown_labels(ctx.train)
     with ExitStack() as changes:
         changes.enter_context(dropout(student.model, settings.dropout))
         if freezes_embeddings(settings, ctx):
             changes.enter_context(frozen([student.family.embeddings(student.model)]))
-        source = teacher_source(settings, ctx, terms, wiring, labels, processes)
-        objective = Objective(model=student.model, terms=terms, wiring=wiring, teacher=source, labels=labels)
+        source = teacher_source(settings, taught, terms, wiring, labels, processes)
+        parts = {"student": student.model, **wiring.trained(), **(modules or {})}
+        chosen = precision or choose_precision(settings.precision, processes.device, student.model)
         job = Job(
-            modules=nn.ModuleDict({"student": student.model, "projectors": wiring.projectors.to(processes.device)}),
+            modules=nn.ModuleDict(parts).to(processes.device),
             plan=lambda epoch: turns(ctx.train, copies, settings.batch_size, seed=ctx.seed, epoch=epoch),
             collate=lambda indices: without_labels(ctx.train.collate(indices)),
-            loss=objective,
-            evaluate=evaluator(
-                student.model, ctx, choose_precision(settings.precision, processes.device, student.model)
-            ),
-            fingerprint=job_fingerprint(settings, ctx, teacher),
+            loss=Objective(model=student.model, terms=terms, wiring=wiring, teacher=source, labels=labels),
+            evaluate=evaluator(student.model, ctx, chosen),
+            fingerprint=job_fingerprint(settings, ctx, taught.teacher.model, labels),
+            after_step=after_step,
         )
+        job = change(job)
         outcome = train(job, loop_settings(settings), seed=ctx.seed, work=ctx.work, progress=ctx.progress)
     ctx.notes["training"] = describe(outcome)
-    ctx.progress.say(f"distilled: {ctx.task.metric} {outcome.metric:.4f} on validation, after {outcome.steps} steps")
-    teacher.cpu()
-    return replace(student, model=student.model.cpu().eval())
+    taught.teacher.model.cpu()
+    job.modules.cpu().eval()
+    return outcome
 
 
 def with_copies(settings: Any, ctx: Context) -> tuple[Context, int]:
@@ -77,9 +113,10 @@ def with_copies(settings: Any, ctx: Context) -> tuple[Context, int]:
     Raises:
         RecipeError: copies are asked for, and the task's examples are no texts.
     """
-    if settings.copies and ctx.task.kind != "text":
-        raise RecipeError(f"copies is {settings.copies}, and only texts are copied with noise; leave it out for images")
-    copies = min(settings.copies, settings.epochs - 1)
+    asked = getattr(settings, "copies", 0)
+    if asked and ctx.task.kind != "text":
+        raise RecipeError(f"copies is {asked}, and only texts are copied with noise; leave it out for images")
+    copies = min(asked, settings.epochs - 1)
     if not copies:
         return ctx, 0
     data: Any = ctx.train
@@ -119,7 +156,12 @@ def without_labels(batch: Batch) -> Batch:
 
 def known_labels(data: Encoded) -> Tensor:
     """Labels int64 `[N]`, -1 where there are none."""
-    return torch.full((len(data),), -1) if data.labels is None else torch.from_numpy(np.asarray(data.labels, np.int64))
+    return unknown_labels(data) if data.labels is None else torch.from_numpy(np.asarray(data.labels, np.int64))
+
+
+def unknown_labels(data: Encoded) -> Tensor:
+    """Labels -1 of all examples `[N]`, whatever is known: for losses that look at none."""
+    return torch.full((len(data),), -1)
 
 
 def first_batch(data: Encoded, processes: Processes) -> Batch:
@@ -139,12 +181,12 @@ def teacher_source(
     """Where teacher signals come from: nowhere if no loss needs them, the cache if they fit, else the live teacher."""
     if all(term.loss.needs == ("labels",) for term in terms) and bool((labels >= 0).all()):
         return None
-    teacher, hidden = ctx.teacher.model, wiring.teacher_layers
-    precision = choose_precision(settings.precision, processes.device, teacher)
-    running = live(teacher, hidden=hidden, qkv=wiring.teacher_qkv, precision=precision)
-    if not settings.cache or wiring.teacher_qkv:
+    teacher, shown = ctx.teacher.model, wiring.of("teacher")
+    running = live(teacher, precision=choose_precision(settings.precision, processes.device, teacher), **shown)
+    if not settings.cache or wiring.uncached:
         return running
-    size = _cache_bytes(ctx, hidden, processes)
+    kept = {"hidden": shown["hidden"], "outputs": shown["outputs"]}
+    size = _cache_bytes(ctx, kept, processes)
     free = shutil.disk_usage(_existing(ctx.cache)).free
     if size > min(settings.cache_limit_gb * 1e9, free):
         ctx.progress.say(
@@ -153,15 +195,15 @@ def teacher_source(
         )
         return running
     ctx.progress.say(f"teacher outputs: {size / 1e6:.1f} MB in {ctx.cache}")
-    return cached(teacher, ctx.train, hidden=hidden, folder=ctx.cache, device=processes.device, progress=ctx.progress)
+    return cached(teacher, ctx.train, **kept, folder=ctx.cache, device=processes.device, progress=ctx.progress)
 
 
-def _cache_bytes(ctx: Context, hidden: Sequence[int], processes: Processes) -> int:
+def _cache_bytes(ctx: Context, kept: Mapping[str, Any], processes: Processes) -> int:
     """What the cache would take, reckoned from two samples."""
     batch = first_batch(ctx.train, processes)
     with torch.no_grad():
-        signals = observe(ctx.teacher.model, batch, hidden=hidden)
-    rows = [(len(states), states.shape[1]) for states in signals.hidden.values()]
+        signals = observe(ctx.teacher.model, batch, **kept)
+    rows = [(len(states), states.shape[1]) for states in (*signals.hidden.values(), *signals.outputs.values())]
     samples = len(signals.logits)
     tokens = int(ctx.train.lengths.sum())
     sizes = [
@@ -177,8 +219,15 @@ def _existing(path: Any) -> Any:
     return path
 
 
-def job_fingerprint(settings: Any, ctx: Context, teacher: nn.Module) -> str:
-    """All that the trained weights depend on besides the student, the loop's settings and the seed."""
+def job_fingerprint(settings: Any, ctx: Context, teacher: nn.Module, labels: Tensor | None = None) -> str:
+    """All that the trained weights depend on besides the student, the loop's settings and the seed.
+
+    `labels` are those of the training data that losses see, if not all.
+    """
     kept = {name: value for name, value in asdict(settings).items() if not name.startswith(("cache", "checkpoint"))}
-    data = [[part.fingerprint, known_labels(part).tolist()] for part in (ctx.train, ctx.validation)]
+    labels = known_labels(ctx.train) if labels is None else labels
+    data = [
+        [ctx.train.fingerprint, labels.tolist()],
+        [ctx.validation.fingerprint, known_labels(ctx.validation).tolist()],
+    ]
     return sha256_json([kept, fingerprint(teacher), data])

@@ -22,14 +22,17 @@ Source = Callable[[np.ndarray, Batch], Signals]
 PREDICT_BATCH = 64
 
 
-def live(model: nn.Module, *, hidden: Sequence[int], qkv: Sequence[nn.Module] = (), precision: str = "fp32") -> Source:
-    """A source of signals that runs the model, in `eval()` mode and without gradients, on every batch."""
+def live(model: nn.Module, *, hidden: Sequence[int], precision: str = "fp32", **watched: Any) -> Source:
+    """A source of signals that runs the model, in `eval()` mode and without gradients, on every batch.
+
+    `watched` is what else `observe` must look at.
+    """
 
     def source(indices: np.ndarray, batch: Batch) -> Signals:
         model.eval()
         device = next(iter(batch.values())).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False), autocast(device, precision):
-            return observe(model, batch, hidden=hidden, qkv=qkv)
+            return observe(model, batch, hidden=hidden, **watched)
 
     return source
 

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from edgekd.arch import Layer
 from edgekd.distill.job import Batch
+from edgekd.distill.sides import Pairs, even, look, projector, source, watched, width
 from edgekd.distill.terms import Term
 from edgekd.errors import RecipeError
-from edgekd.families.compact import kept_tokens
 
-Shape = tuple[int, ...]
-Pairs = tuple[tuple[int, int], ...]
-
-
-def even(student: int, teacher: int, sources: Sequence[int]) -> Pairs:
-    """Student layer m of M with teacher layer m·L/M, rounded to the nearest, so that last meets last."""
-    return tuple((m, (2 * m * teacher + student) // (2 * student)) for m in range(1, student + 1))
-
-
-def source(student: int, teacher: int, sources: Sequence[int]) -> Pairs:
-    """Each student layer with the teacher layer it comes from."""
-    if len(sources) != student or max(sources) >= teacher:
-        return even(student, teacher, sources)
-    return tuple((m + 1, layer + 1) for m, layer in enumerate(sources))
-
-
-LAYER_MAPS: dict[str, Callable[[int, int, Sequence[int]], Pairs]] = {"even": even, "source": source}
+__all__ = ["Pairs", "Wiring", "even", "source", "wire"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +24,9 @@ class Wiring:
     `pairs` are matched layer by layer, of the teacher's those with all tokens alone; where the student's state has
     fewer, the two are compared at these. `last` is the pair whose mean is the embedding. `projectors` brings the
     student's states to the teacher's width where widths differ (training only), one per pair, else `Identity`.
+    `entry` says that the outputs of the embeddings are compared too. `maps` and `outputs` are pairs of layers, counted
+    from 1, whose attention maps and attention outputs are compared; `features` pairs of states of images. `bridges`
+    brings attention outputs to the teacher's width, `adapters` (training only) is what affinities look through.
     """
 
     pairs: Pairs
@@ -48,70 +34,74 @@ class Wiring:
     projectors: nn.ModuleList
     student_qkv: tuple[nn.Module, ...] = ()
     teacher_qkv: tuple[nn.Module, ...] = ()
+    entry: bool = False
+    maps: Pairs = ()
+    outputs: Pairs = ()
+    features: Pairs = ()
+    bridges: nn.ModuleList = field(default_factory=nn.ModuleList)
+    adapters: nn.ModuleList = field(default_factory=nn.ModuleList)
 
     @property
     def student_layers(self) -> tuple[int, ...]:
         """Hidden states the student must show."""
-        return tuple(sorted({s for s, _ in (*self.pairs, *([self.last] if self.last else ()))}))
+        return tuple(sorted({s for s, _ in self._states}))
 
     @property
     def teacher_layers(self) -> tuple[int, ...]:
         """Hidden states the teacher must show."""
-        return tuple(sorted({t for _, t in (*self.pairs, *([self.last] if self.last else ()))}))
+        return tuple(sorted({t for _, t in self._states}))
+
+    @property
+    def _states(self) -> Pairs:
+        return (*self.pairs, *([self.last] if self.last else ()), *([(0, 0)] if self.entry else ()))
+
+    @property
+    def watches(self) -> bool:
+        """Whether attention or features are compared, by the numbers of layers."""
+        return bool(self.maps or self.outputs or self.features)
+
+    @property
+    def uncached(self) -> bool:
+        """Whether the teacher must run along: what is compared would be too large to keep."""
+        return bool(self.teacher_qkv or self.maps or self.features)
+
+    def trained(self) -> dict[str, nn.Module]:
+        """What is trained with the student, by name; parts without weights are left out, but for the projectors."""
+        parts = {"bridges": self.bridges, "adapters": self.adapters}
+        return {"projectors": self.projectors, **{name: part for name, part in parts.items() if len(part)}}
+
+    def of(self, side: Literal["student", "teacher"]) -> dict[str, Any]:
+        """What `observe` must look at, of the student or of the teacher."""
+        place = ("student", "teacher").index(side)
+        watched = {name: getattr(self, name) for name in ("maps", "outputs", "features")}
+        return {
+            "hidden": getattr(self, f"{side}_layers"),
+            "qkv": getattr(self, f"{side}_qkv"),
+            **{name: tuple(sorted({pair[place] for pair in pairs})) for name, pairs in watched.items()},
+        }
 
 
 def wire(student: Any, teacher: Any, terms: Sequence[Term], *, batch: Batch, layer_map: str) -> Wiring:
     """Connect two `Student`s for these loss terms; `batch` is any one batch, to see the shapes of hidden states.
 
     Raises:
-        RecipeError: a loss asks for hidden states of equal resolution, or for attention, and there are none.
+        RecipeError: a loss asks for what the two models do not have both.
     """
     needs = {need for term in terms for need in term.loss.needs}
     pairs: Pairs = ()
-    last, projectors = None, nn.ModuleList()
-    if needs & {"hidden", "embedding"}:
-        ours, theirs = _shapes(student.model, batch), _shapes(teacher.model, batch)
-        reduced = _reduced(student.model, len(ours))
-        full = len(theirs) - len(_reduced(teacher.model, len(theirs)))
-        last = (len(ours) - 1, full - 1) if "embedding" in needs else None
-        if "hidden" in needs:
-            sources = [layer.source for layer in student.arch.layers]
-            mapped = LAYER_MAPS[layer_map](len(ours) - 1, len(theirs) - 1, sources)
-            pairs = tuple(
-                (s, t) for s, t in mapped if t < full and (s in reduced or _tokens(ours[s]) == _tokens(theirs[t]))
-            )
-            projectors.extend(_projector(_width(ours[s]), _width(theirs[t])) for s, t in pairs)
-            if not pairs:
-                raise RecipeError(
-                    "hidden losses need layers of equal resolution, and student and teacher share none; "
-                    "use losses on logits, such as forward_kl"
-                )
+    last, projectors, found = None, nn.ModuleList(), dict[str, Any]()
+    if needs & {"hidden", "embedding", "states", "maps", "outputs", "features"}:
+        sides = look(student, teacher, batch, layer_map)
+        ours, theirs = sides.ours, sides.theirs
+        last = (len(ours) - 1, sides.full - 1) if "embedding" in needs else None
+        if needs & {"hidden", "states"}:
+            pairs = sides.hidden()
+            projectors.extend(projector(width(ours[s]), width(theirs[t])) for s, t in pairs)
+            found["entry"] = "states" in needs and sides.full > 0 and ours[0] == theirs[0]
+        found |= watched(sides, terms)
     student_qkv, teacher_qkv = _both_qkv(student, teacher, terms) if "qkv" in needs else ((), ())
-    return Wiring(pairs=pairs, last=last, projectors=projectors, student_qkv=student_qkv, teacher_qkv=teacher_qkv)
-
-
-def _shapes(model: Any, batch: Batch) -> list[Shape]:
-    model.eval()
-    with torch.no_grad():
-        states = model(**batch, output_hidden_states=True).hidden_states
-    return [tuple(state.shape) for state in states]
-
-
-def _reduced(model: Any, states: int) -> set[int]:
-    """Hidden states of the last pass that do not have all tokens: those from some layer on."""
-    return {index for index in range(states) if kept_tokens(model, index) is not None}
-
-
-def _tokens(shape: Shape) -> Shape:
-    return shape[2:] if len(shape) == 4 else shape[1:2]
-
-
-def _width(shape: Shape) -> int:
-    return shape[1] if len(shape) == 4 else shape[-1]
-
-
-def _projector(student: int, teacher: int) -> nn.Module:
-    return nn.Identity() if student == teacher else nn.Linear(student, teacher)
+    found |= {"student_qkv": student_qkv, "teacher_qkv": teacher_qkv}
+    return Wiring(pairs=pairs, last=last, projectors=projectors, **found)
 
 
 def _both_qkv(student: Any, teacher: Any, terms: Sequence[Term]) -> tuple[tuple[nn.Module, ...], ...]:

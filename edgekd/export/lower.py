@@ -1,39 +1,68 @@
 """Lowerings: the forms a float ONNX graph can take on a target.
 
-A lowering is a precision (`fp32`, `fp16`, `int8_dynamic`, `int8_static`, `int8_qdq`, `int16_qdq`), with or without the
-`_fused` graph passes. Which one ships is decided by accuracy and by measurement, never by rule.
+A lowering is a precision (`fp32`, `fp16`, `int8_dynamic`, `int8_static`, `int8_qdq`, `int16_qdq`) and how the graph is
+written: in standard operators, `_fused` with the operators that ONNX Runtime has for transformers, or `_lean` with as
+few operators as its newer versions can do with. Which one ships is decided by accuracy and by measurement, never by
+rule.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgekd.errors import RecipeError, unknown
-from edgekd.export.half import to_half
+from edgekd.export import portable
+from edgekd.export.embeddings import integer_tables
+from edgekd.export.fusions import cheapen_gelu, fuse, keep_residuals_apart
+from edgekd.export.half import store_half, to_half
+from edgekd.export.lean import lean, lean_integer
+from edgekd.export.matmul_nbits import pack_linears
+from edgekd.export.names import kept_nodes, spans_by_node, trained_ranges
+from edgekd.export.nbits import WEIGHT_ONLY, Grid, grid_of_form
 from edgekd.export.onnx import quiet_export, save_checked
 from edgekd.export.packed import pack_projections
 from edgekd.export.qdq import full_qdq, multiplied_qdq
+from edgekd.export.ranges import LOWEST, MULTIPLIED, Feeds, Ranges, calibrate
 from edgekd.export.static import declare_domains, fix_shapes
 from edgekd.target_fields import RUNTIMES
 
-Ranges = Mapping[str, tuple[float, float]]
-Feeds = Mapping[str, np.ndarray]
+__all__ = [
+    "CALIBRATED", "LOWERINGS", "LOWEST", "NOT_FROM_ONNX", "Feeds", "Ranges", "calibrate", "fuse",
+    "keep_residuals_apart", "lower", "operators_to_calibrate", "precision_of",
+]  # fmt: skip
 
-LOWEST = float(np.finfo(np.float32).min)
 # Made from the torch model instead, see the target's device.
 NOT_FROM_ONNX = ("int8_tflite",)
 LOWERINGS = tuple(
     dict.fromkeys(name for runtime in RUNTIMES.values() for name in runtime.lowerings if name not in NOT_FROM_ONNX)
 )
-CALIBRATED = ("int8_static", "int8_qdq", "int16_qdq")
-STATIC_OPERATORS = ("MatMul", "Gemm", "Conv")
+STATIC = ("int8_static", "int8_static_lean")
+"""Forms that quantize only what linear layers and convolutions read."""
+CALIBRATED = (*STATIC, "int8_qdq", "int16_qdq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What a form is made with; see `lower`.
+
+    `ranges` and `trained` are by tensor, `spans` are those of the inputs of layers by the name of their node, `kept`
+    are the names of nodes that stay float.
+    """
+
+    ranges: Ranges
+    trained: Ranges
+    spans: Ranges
+    keep_float: Collection[str]
+    kept: frozenset[str]
+    embeddings: bool
+    model_type: str
+    symmetric: bool
+    weights: tuple[Grid, bool] | None
+    scratch: Path
 
 
 def precision_of(lowering: str) -> str:
@@ -43,7 +72,7 @@ def precision_of(lowering: str) -> str:
 
 def operators_to_calibrate(lowering: str) -> Sequence[str] | None:
     """What `calibrate` must look at for a lowering of `CALIBRATED`: types of operators, None for all."""
-    return STATIC_OPERATORS if lowering == "int8_static" else None
+    return MULTIPLIED if lowering in STATIC else None
 
 
 def lower(
@@ -52,10 +81,14 @@ def lower(
     lowering: str,
     *,
     ranges: Ranges | None = None,
+    activations: Ranges | None = None,
+    keep_float: Collection[str] = (),
+    embeddings: bool = True,
     model_type: str = "",
     batch: int | None = None,
     sequence: int | None = None,
     symmetric: bool = False,
+    weights: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `source` (float ONNX) in the form of one lowering.
 
@@ -64,14 +97,19 @@ def lower(
         output: file to write.
         lowering: a name of `LOWERINGS`.
         ranges: activation ranges of `calibrate`, for the lowerings of `CALIBRATED`.
+        activations: trained ranges of the inputs of linear layers and convolutions, by module; they win over `ranges`.
+        keep_float: modules whose products stay float in any int8 or int4 form, with all that is within them.
+        embeddings: whether dynamic and static int8 forms store tables in 8 bits with a scale for every row.
         model_type: transformers model type; chooses the attention fusion.
         batch: fix all shapes, with this batch; None leaves free dimensions free.
         sequence: the sequence length to fix shapes with, for models that have one.
         symmetric: for `int8_qdq`: zero points 0 and only the inputs of MatMul, Gemm and Conv, as TensorRT wants it.
+        weights: for the forms of `WEIGHT_ONLY`: how weights are rounded, see `grid_of_form`.
 
     Raises:
         RecipeError: unknown lowering, one that is not made from ONNX, or a calibrated one without ranges.
-        ModelError: shapes are to be fixed, and a free dimension is neither batch nor sequence.
+        ModelError: shapes are to be fixed, and a free dimension is neither batch nor sequence; or `activations` or
+            `keep_float` name a module that is not there.
     """
     import onnx
 
@@ -79,203 +117,106 @@ def lower(
         raise RecipeError(f"{lowering} is made from the torch model by the target's compiler, not from ONNX")
     if lowering not in LOWERINGS:
         raise RecipeError(unknown("lowering", lowering, LOWERINGS))
-    if lowering in CALIBRATED and ranges is None:
+    if lowering in CALIBRATED and ranges is None and not (activations and lowering in STATIC):
         raise RecipeError(f"{lowering} needs activation ranges; run the quantize stage first")
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch, quiet_export():
         graph = onnx.load(source)
+        wishes = Wishes(
+            ranges={**(ranges or {}), **(trained := trained_ranges(graph, activations or {}))},
+            trained=trained,
+            spans=spans_by_node(graph, ranges or {}, activations or {}),
+            keep_float=keep_float,
+            kept=frozenset(kept_nodes(graph, keep_float)),
+            embeddings=embeddings,
+            model_type=model_type,
+            symmetric=symmetric,
+            weights=grid_of_form(lowering, weights) if lowering in WEIGHT_ONLY else None,
+            scratch=Path(scratch),
+        )
         if batch is not None or sequence is not None:
             graph = fix_shapes(graph, batch=batch or 1, sequence=sequence)
-        graph = _transform(graph, lowering, ranges or {}, model_type, symmetric, Path(scratch))
+        if lowering in FORMS:
+            graph = FORMS[lowering](graph, wishes)
         save_checked(declare_domains(graph), output)
     return output
 
 
-def _transform(graph: Any, lowering: str, ranges: Ranges, model_type: str, symmetric: bool, scratch: Path) -> Any:
-    if lowering == "fp16":
-        return to_half(graph)
-    if lowering == "int8_qdq" and symmetric:
-        return multiplied_qdq(graph, ranges, scratch)
-    if lowering in ("int8_qdq", "int16_qdq"):
-        return full_qdq(graph, ranges, scratch, activation_bits=16 if lowering == "int16_qdq" else 8)
-    if lowering.endswith("_fused"):
-        graph = fuse(graph, model_type)
-    if lowering == "fp32_fused":
-        pack_projections(graph)
-    if lowering.startswith("int8_dynamic"):
-        graph = _dynamic(graph, scratch)
-    elif lowering == "int8_static":
-        graph = _static(graph, scratch, ranges)
-        graph = _dynamic(graph, scratch, operators=["Gather"])
-    if lowering not in ("fp32", "int8_dynamic"):
-        keep_residuals_apart(graph)
-    return graph
+def _fp32_fused(graph: Any, wishes: Wishes) -> Any:
+    fused = fuse(graph, wishes.model_type)
+    pack_projections(fused)
+    keep_residuals_apart(fused)
+    return fused
 
 
-def fuse(graph: Any, model_type: str) -> Any:
-    """Attention, Gelu and LayerNormalization as single operators, by onnxruntime's transformer optimizer.
-
-    Skip-layer-norm fusion is left out: its CPU kernel is slower than the two operators it replaces. The attention
-    mask stays a raw mask, so that left padding and holes keep working. Attention whose probabilities are read by
-    something else too (the next layer, or the choice of tokens) stays as it is.
-    """
-    from onnxruntime.transformers.fusion_options import FusionOptions
-    from onnxruntime.transformers.onnx_model_bert import BertOnnxModel
-    from onnxruntime.transformers.optimizer import optimize_by_fusion
-
-    kind = "vit" if model_type in ("vit", "deit") else "bert"
-    options = FusionOptions(kind)
-    options.enable_skip_layer_norm = False
-    options.enable_bias_skip_layer_norm = False
-    options.enable_embed_layer_norm = False
-    options.use_raw_attention_mask(True)
-    graph = copy.deepcopy(graph)
-    _mark_shared(graph)
-    fused: BertOnnxModel = optimize_by_fusion(graph, kind, num_heads=0, hidden_size=0, optimization_options=options)
-    _unmark_shared(fused.model)
-    return declare_domains(fused.model)
+def _int8_dynamic(graph: Any, wishes: Wishes) -> Any:
+    return portable.dynamic(graph, wishes.scratch, kept=wishes.kept, embeddings=wishes.embeddings)
 
 
-_MARK = "edgekd/shared"
+def _int8_dynamic_fused(graph: Any, wishes: Wishes) -> Any:
+    fused = fuse(graph, wishes.model_type)
+    kept = {*wishes.kept, *kept_nodes(fused, wishes.keep_float, strict=False)}
+    made = portable.dynamic(fused, wishes.scratch, kept=kept, embeddings=wishes.embeddings)
+    keep_residuals_apart(made)
+    return made
 
 
-def _mark_shared(graph: Any) -> None:
-    """Put an idle Sum after every Softmax with several readers: the fusion would take the Softmax from the others."""
-    from onnx import helper
-
-    readers = Counter(name for node in graph.graph.node for name in node.input)
-    nodes = []
-    for node in graph.graph.node:
-        nodes.append(node)
-        if node.op_type == "Softmax" and readers[node.output[0]] > 1:
-            name = node.output[0]
-            node.output[0] = f"{name}_{_MARK}"
-            nodes.append(helper.make_node("Sum", [node.output[0]], [name], name=f"{_MARK}/{name}"))
-    del graph.graph.node[:]
-    graph.graph.node.extend(nodes)
-
-
-def _unmark_shared(graph: Any) -> None:
-    marks = {node.input[0]: node.output[0] for node in graph.graph.node if node.name.startswith(_MARK)}
-    nodes = [node for node in graph.graph.node if not node.name.startswith(_MARK)]
-    for node in nodes:
-        if node.output and node.output[0] in marks:
-            node.output[0] = marks[node.output[0]]
-    del graph.graph.node[:]
-    graph.graph.node.extend(nodes)
-
-
-def keep_residuals_apart(graph: Any) -> int:
-    """Write the residual `Add` before a LayerNormalization as `Sum` (the same values) and return how many there were.
-
-    ONNX Runtime fuses Add and LayerNormalization at load time into SkipLayerNormalization, which is slower on CPU;
-    it leaves Sum alone, so a session with default options stays fast.
-    """
-    normalized = {node.input[0] for node in graph.graph.node if node.op_type == "LayerNormalization"}
-    count = 0
-    for node in graph.graph.node:
-        if node.op_type == "Add" and node.output[0] in normalized:
-            node.op_type = "Sum"
-            count += 1
-    return count
-
-
-def calibrate(
-    source: Path, feeds: Sequence[Feeds], *, operators: Sequence[str] | None = STATIC_OPERATORS
-) -> dict[str, tuple[float, float]]:
-    """Minimum and maximum of every tensor that a calibrated lowering quantizes, over the given inputs.
-
-    Args:
-        source: float32 ONNX file.
-        feeds: arrays by input name.
-        operators: types of operators whose inputs and outputs count, None for all; see `operators_to_calibrate`.
-
-    Raises:
-        RecipeError: no inputs, or a tensor without a finite range.
-    """
-    from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
-
-    if not feeds:
-        raise RecipeError("static quantization needs calibration data, and there is none")
-    with tempfile.TemporaryDirectory() as scratch, quiet_export():
-        calibrator = create_calibrator(
-            source,
-            None if operators is None else list(operators),
-            augmented_model_path=str(Path(scratch) / "augmented.onnx"),
-            calibrate_method=CalibrationMethod.MinMax,
-        )
-        for feed in feeds:
-            calibrator.collect_data(_Reader([feed]))
-        data = calibrator.compute_data()
-    ranges = {}
-    for name, value in data.items():
-        low, high = (float(np.asarray(x).reshape(-1)[0]) for x in value.range_value)
-        if operators is None and low == -np.inf:
-            low = LOWEST  # a mask's "never", which the lowering rewrites
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise RecipeError(
-                f"calibration met a tensor without a finite range ({name}); check the data for bad values"
-            )
-        ranges[name] = (low, high)
-    return ranges
-
-
-class _Reader:
-    """Calibration data as onnxruntime reads it: one feed at a time, then None."""
-
-    def __init__(self, feeds: Sequence[Feeds]) -> None:
-        self._left = list(feeds)
-
-    def get_next(self) -> Feeds | None:
-        return self._left.pop(0) if self._left else None
-
-    def __iter__(self) -> _Reader:
-        return self
-
-    def __next__(self) -> Feeds:
-        feed = self.get_next()
-        if feed is None:
-            raise StopIteration
-        return feed
-
-
-def _dynamic(graph: Any, scratch: Path, operators: Sequence[str] | None = None) -> Any:
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    target = scratch / "dynamic.onnx"
-    quantize_dynamic(
+def _int8_static(graph: Any, wishes: Wishes) -> Any:
+    made = portable.static(
         graph,
-        target,
-        op_types_to_quantize=operators and list(operators),
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+        wishes.scratch,
+        ranges={**wishes.ranges, **wishes.trained},
+        spans=wishes.spans,
+        kept=wishes.kept,
+        embeddings=wishes.embeddings,
     )
-    return onnx.load(target)
+    keep_residuals_apart(made)
+    return made
 
 
-def _static(graph: Any, scratch: Path, ranges: Ranges) -> Any:
-    import onnx
-    from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
+def _int8_dynamic_lean(graph: Any, wishes: Wishes) -> Any:
+    return lean_integer(graph, kept=wishes.kept, embeddings=wishes.embeddings)
 
-    file = scratch / "float.onnx"
-    onnx.save(graph, file)
-    data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
-    quantizer = QDQQuantizer(
-        load_model_with_shape_infer(file),
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, data),
-        nodes_to_quantize=[],
-        nodes_to_exclude=[],
-        op_types_to_quantize=list(STATIC_OPERATORS),
-        extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
-    )
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()
-    return quantizer.model.model
+
+def _int8_static_lean(graph: Any, wishes: Wishes) -> Any:
+    return lean_integer(graph, spans=wishes.spans, kept=wishes.kept, embeddings=wishes.embeddings)
+
+
+def _weights_alone(graph: Any, wishes: Wishes) -> Any:
+    if wishes.weights is None:
+        raise RecipeError("a form with quantized weights alone needs to know how they are rounded")
+    grid, chosen = wishes.weights
+    made = pack_linears(lean(graph), grid, wishes.keep_float, chosen=chosen)
+    if wishes.embeddings:
+        integer_tables(made, kept=kept_nodes(made, wishes.keep_float, strict=False))
+    cheapen_gelu(made)
+    return made
+
+
+def _int8_qdq(graph: Any, wishes: Wishes) -> Any:
+    if wishes.symmetric:
+        return multiplied_qdq(
+            graph, wishes.ranges, wishes.scratch, trained=wishes.trained, kept=wishes.keep_float
+        )  # fmt: skip
+    return full_qdq(graph, wishes.ranges, wishes.scratch, trained=wishes.trained, wide=wishes.keep_float)
+
+
+def _int16_qdq(graph: Any, wishes: Wishes) -> Any:
+    return full_qdq(graph, wishes.ranges, wishes.scratch, activation_bits=16, trained=wishes.trained)
+
+
+FORMS: Mapping[str, Callable[[Any, Wishes], Any]] = {
+    "fp32_fused": _fp32_fused,
+    "fp32_lean": lambda graph, _: lean(graph),
+    "fp16": lambda graph, _: to_half(graph),
+    "fp16_weights": lambda graph, _: store_half(graph),
+    "bf16": lambda graph, _: store_half(graph, brain=True),
+    "int8_dynamic": _int8_dynamic,
+    "int8_dynamic_fused": _int8_dynamic_fused,
+    "int8_dynamic_lean": _int8_dynamic_lean,
+    "int8_static": _int8_static,
+    "int8_static_lean": _int8_static_lean,
+    "int8_qdq": _int8_qdq,
+    "int16_qdq": _int16_qdq,
+    **dict.fromkeys(WEIGHT_ONLY, _weights_alone),
+}
+"""Forms that are more than the float graph."""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.export.static import drop_unused
+
 Range = tuple[float, float]
 
 BARRED = -1e4
@@ -42,6 +44,40 @@ def plain_masks(graph: Any, ranges: Mapping[str, Range]) -> dict[str, Range]:
     for source in sorted({replaced[mask] for _, mask, _ in added}):
         changed |= _insert(graph, source, spread + MARGIN)
     return changed
+
+
+def shorten_masks(graph: Any) -> int:
+    """Write additive masks as `(mask - 1) * K`, in place, with the K they have; return how many.
+
+    Exporters work such a mask out in twenty operators. The values stay the same, `[B, 1, 1, S]` instead of a row for
+    every query, which `Attention` nodes then need to be given again; masks that are anything else are left alone.
+    """
+    pure = _pure(graph)
+    readers = [(node, index) for node in graph.graph.node for index in _mask_read(node, pure)]
+    bars: dict[str, float] = {}
+    count = 0
+    for mask in sorted({node.input[index] for node, index in readers}):
+        told = _told(graph, mask)
+        if told is None or bars.setdefault(told[0], told[1]) != told[1]:
+            continue
+        count += 1
+        for node, index in readers:
+            if node.input[index] == mask:
+                node.input[index] = _names(told[0])["mask"]
+    for source, bar in bars.items():
+        _insert(graph, source, bar)
+    if count:
+        drop_unused(graph)
+    return count
+
+
+def _mask_read(node: Any, pure: set[str]) -> list[int]:
+    """Which input of a node is a mask that may have one row instead of many."""
+    if node.op_type == "Attention" and len(node.input) > 3 and node.input[3] in pure:
+        return [3]
+    if node.op_type == "Add" and len(set(node.input) & pure) == 1:
+        return [index for index, name in enumerate(node.input) if name in pure]
+    return []
 
 
 def barred(ranges: Mapping[str, Range]) -> list[str]:
@@ -79,19 +115,26 @@ def _pure(graph: Any) -> set[str]:
 
 def _source_of(graph: Any, mask: str) -> str:
     """The integer input that a tensor is a plain mask of, or an empty string."""
+    told = _told(graph, mask)
+    return "" if told is None else told[0]
+
+
+def _told(graph: Any, mask: str) -> tuple[str, float] | None:
+    """The integer input that a tensor is a plain mask of, and how far below 0 a barred score is put."""
     nodes = _ancestors(graph, mask)
     wanted = {name for node in nodes for name in node.input}
     inputs = [value for value in graph.graph.input if value.name in wanted]
     candidates = [value.name for value in inputs if "mask" in value.name]
     if len(candidates) != 1:
-        return ""
-    rng = np.random.default_rng(0)
+        return None
+    rng, bars = np.random.default_rng(0), set()
     for _ in range(3):
         feeds = {value.name: _random(value, rng) for value in inputs}
         values = _evaluate(graph, nodes, inputs, mask, feeds)
         if values is None or not _is_plain(values, feeds[candidates[0]]):
-            return ""
-    return str(candidates[0])
+            return None
+        bars.add(-float(values.min()))
+    return (str(candidates[0]), bars.pop()) if len(bars) == 1 else None
 
 
 def _is_plain(values: npt.NDArray[Any], mask: npt.NDArray[Any]) -> bool:

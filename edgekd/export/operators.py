@@ -10,6 +10,11 @@ from edgekd.export.static import free_dimensions
 from edgekd.target import Target
 
 STANDARD = ("", "ai.onnx")
+ONNXRUNTIME = ((23, "1.23"), (1, "1.22"))
+"""The oldest ONNX Runtime that forms were tried with, by version of the standard operators, newest first.
+
+1.22 refuses version 23; 1.23 is the first with a CPU kernel of its Attention.
+"""
 
 
 def check_operators(graph: Any | Path, target: Target) -> list[str]:
@@ -36,6 +41,23 @@ def check_operators(graph: Any | Path, target: Target) -> list[str]:
         if name in refused or (allowed and name not in allowed):
             problems.append(f"{target.name} does not run {name} ({count} in the graph)")
     return problems
+
+
+def needs(graph: Any | Path) -> dict[str, Any]:
+    """What a runtime must have to load a graph, for the manifest.
+
+    Returns:
+        `opset`: version of the standard operators; `domains`: others that are used; `onnxruntime`: the oldest version
+        that is known to run it on a CPU; `session_options`: those it needs to be fast. There are none: forms are
+        written so that a default session has nothing left to fuse that would be slower.
+    """
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False) if isinstance(graph, Path) else graph
+    opset = next((item.version for item in model.opset_import if item.domain in STANDARD), 1)
+    domains = sorted({node.domain for node in _nodes(model.graph)} - set(STANDARD))
+    version = next((version for since, version in ONNXRUNTIME if opset >= since), ONNXRUNTIME[-1][1])
+    return {"opset": opset, "domains": domains, "onnxruntime": f">={version}", "session_options": {}}
 
 
 def _nodes(graph: Any) -> list[Any]:

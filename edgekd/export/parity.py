@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ Logits = npt.NDArray[np.float32]
 
 TOLERANCE = 1e-3
 """Largest difference of a float graph's logits, relative to the spread of the torch logits."""
-AGREEMENT = {"fp32": 0.995, "fp16": 0.98, "int8": 0.8}
+AGREEMENT = {"fp32": 0.995, "fp16": 0.98, "bf16": 0.95, "int8": 0.8, "int4": 0.8}
 """Least share of equal predictions by precision; int8 is held to its accuracy, this only catches a broken graph."""
 
 
@@ -42,23 +42,45 @@ def onnx_logits(file: Path, encoded: Encoded, *, batch_size: int = 1, threads: i
     One at a time matters: a dynamically quantized graph shares one activation scale among all rows of a batch.
     A graph with fixed shapes gets its own batch and length: examples are padded to it, and repeated to fill a batch.
     """
+    session = open_session(file, threads=threads)
+    fixed = _fixed(session)
+    batch_size = fixed[0] or batch_size
+    rows = []
+    for indices in _in_order(encoded, batch_size):
+        rows.append(session.run(None, own_feeds(session, encoded, indices))[0][: len(indices)])
+    return np.concatenate(rows)
+
+
+def open_session(model: Any, *, threads: int = 0, optimize: bool = True) -> Any:
+    """A session on this machine's CPU of a file or ModelProto; 0 threads leaves their number to ONNX Runtime."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def own_feeds(session: Any, encoded: Encoded, indices: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+    """Examples as a session takes them: of its own batch (the rows repeated) and length where those are fixed.
+
+    One example alone is unpadded where the length is free.
+    """
     names = {value.name for value in session.get_inputs()}
-    fixed = [size if isinstance(size, int) else None for size in session.get_inputs()[0].shape]
-    batch_size, length = fixed[0] or batch_size, fixed[1] if len(fixed) == 2 else None
-    rows = []
-    for indices in _in_order(encoded, batch_size):
-        whole = np.resize(indices, batch_size) if fixed[0] else indices
-        own = int(encoded.lengths[indices].max()) if batch_size == 1 else None
-        batch = encoded.collate(whole, length or own)
-        feeds = {name: value.numpy() for name, value in batch.items() if name in names}
-        rows.append(session.run(None, feeds)[0][: len(indices)])
-    return np.concatenate(rows)
+    batch, length = _fixed(session)
+    whole = np.resize(indices, batch) if batch else indices
+    own = int(encoded.lengths[indices].max()) if len(whole) == 1 else None
+    made = encoded.collate(whole, length or own)
+    return {name: value.numpy() for name, value in made.items() if name in names}
+
+
+def _fixed(session: Any) -> tuple[int | None, int | None]:
+    """The batch and the sequence length of a session's inputs, None where they are free or there is no sequence."""
+    sizes = [size if isinstance(size, int) else None for size in session.get_inputs()[0].shape]
+    return sizes[0], sizes[1] if len(sizes) == 2 else None
 
 
 def torch_logits(model: Any, encoded: Encoded, *, batch_size: int = 32) -> Logits:
@@ -81,12 +103,34 @@ def compare(reference: Logits, other: Logits) -> Parity:
     return Parity(float(np.abs(reference - other).max()), float(same.mean()), len(reference))
 
 
-def require_parity(reference: Logits, other: Logits, precision: str, what: str) -> Parity:
+def require_parity(
+    reference: Logits, other: Logits, precision: str, what: str, explain: Callable[[], str] | None = None
+) -> Parity:
     """Compare and refuse a graph that does not say what the torch model says.
+
+    Args:
+        reference: logits `[N, C]` of the torch model or of the float graph.
+        other: those of `what` on the same examples.
+        precision: a key of `AGREEMENT`.
+        what: the graph, for the message.
+        explain: called on failure; what it returns is added to the message, see `edgekd.export.blame.explain`.
 
     Raises:
         StageError: non-finite logits, a float graph beyond `TOLERANCE`, or too few equal predictions.
     """
+    try:
+        return _require(reference, other, precision, what)
+    except StageError as error:
+        if explain is None:
+            raise
+        try:
+            reason = explain()
+        except Exception as trouble:  # noqa: BLE001 - the failure itself is what counts
+            reason = f"the layer could not be found ({trouble})"
+        raise StageError(f"{error}; {reason}") from None
+
+
+def _require(reference: Logits, other: Logits, precision: str, what: str) -> Parity:
     if not np.isfinite(other).all():
         raise StageError(f"{what} gives logits that are not finite")
     parity = compare(reference, other)

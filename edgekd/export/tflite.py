@@ -1,8 +1,9 @@
 """int8 TFLite for NPUs that take nothing else (Arm Ethos-U), made from the torch model.
 
-Weights and activations have 8 bits, shapes are fixed. Ranges are calibrated anew on the feeds: scales that
-quantization-aware training learned are not carried over. Word tables have 8 bits too, but looking words up stays on the
-CPU of the board. Padding has to be behind the text.
+Weights and activations have 8 bits, shapes are fixed. Weights that training has put on an integer grid keep their
+integers. Ranges of activations are calibrated anew on the feeds: those that training learned are not carried over, as
+the converter has operators of its own. Word tables have 8 bits too, but looking words up stays on the CPU of the board.
+Padding has to be behind the text.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ def export_tflite(
     sequence: int | None = None,
     converter: Converter | None = None,
     seconds: dict[str, float] | None = None,
+    wide: bool | None = False,
 ) -> Path:
     """Write the student as int8 TFLite for one shape of its inputs.
 
@@ -152,6 +154,8 @@ def export_tflite(
         sequence: tokens of each; needed for text.
         converter: the process to use, when there are many models to convert.
         seconds: takes the time of each step.
+        wide: whether layer norms and the residual sums before them have activations of 16 bits; None: only if the
+            logits are too noisy with 8, and better then. All Ethos-U take both, 16 bits cost some latency.
 
     Raises:
         RecipeError: the converter is not installed, or there are no feeds or not those the model takes.
@@ -168,7 +172,7 @@ def export_tflite(
         answer = process.ask(
             {
                 "model": str(work / "model"), "feeds": str(work / "feeds.npz"), "output": str(work / "int8.tflite"),
-                "auto_class": get_task(task).auto_class, "batch": batch,
+                "auto_class": get_task(task).auto_class, "batch": batch, "wide": wide,
             }
         )  # fmt: skip
         if "error" in answer:

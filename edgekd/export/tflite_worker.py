@@ -21,13 +21,19 @@ from typing import Any
 BARRED = 10.0
 """How far below the others an attention score is put to bar it: e^-10 is nothing to an 8-bit softmax, and the lowest
 float, which transformers adds, would leave the scores themselves a single step of the 8 bits."""
+WIDE = (r".*LayerNorm.*", r".*(Output_output|Linear_lin2|Linear_fc2).*")
+"""Scopes that get activations of 16 bits where 8 are too few: layer norms, which square what they read, and the second
+layer of feed-forward networks with the residual sum behind it, in which encoders have their outliers."""
+ENOUGH_DB = 15.0
+"""Signal to noise of the logits that 8 bits must reach to be kept."""
+SCORED = 32
 
 
 def convert(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Do one request (see `edgekd.export.tflite`): `model`, `auto_class`, `feeds`, `batch`, `output`.
+    """Do one request (see `edgekd.export.tflite`): `model`, `auto_class`, `feeds`, `batch`, `output`, `wide`.
 
     Returns:
-        `seconds` of each step and the `inputs` of the file.
+        `seconds` of each step, the `inputs` of the file and whether it is `wide`.
     """
     import numpy as np
     import torch
@@ -46,10 +52,41 @@ def convert(request: Mapping[str, Any]) -> dict[str, Any]:
     _to_float(traceable(student.model.eval()), example, floats)
     clock.lap("convert")
     rows = range(0, len(arrays[names[0]]) - batch + 1, batch)
-    _quantize(floats, [{name: arrays[name][i : i + batch] for name in names} for i in rows], request["output"])
+    feeds = [{name: arrays[name][i : i + batch] for name in names} for i in rows]
+    wide = request.get("wide", False)
+    _quantize(floats, feeds, request["output"], wide=bool(wide))
+    if wide is None:
+        wide = _widened(floats, feeds, Path(request["output"]))
     floats.unlink()
     clock.lap("quantize")
-    return {"seconds": clock.seconds, "inputs": names}
+    return {"seconds": clock.seconds, "inputs": names, "wide": wide}
+
+
+def _widened(floats: Path, feeds: list[dict[str, Any]], output: Path) -> bool:
+    """Put the file with wider activations in the place of one whose logits are too noisy, if it is the better one."""
+    narrow = _noise(floats, output, feeds[:SCORED])
+    if narrow >= ENOUGH_DB:
+        return False
+    other = output.with_suffix(".wide")
+    _quantize(floats, feeds, str(other), wide=True)
+    better = _noise(floats, other, feeds[:SCORED]) > narrow
+    if better:
+        other.replace(output)
+    other.unlink(missing_ok=True)
+    return better
+
+
+def _noise(floats: Path, file: Path, feeds: list[dict[str, Any]]) -> float:
+    """Signal to noise of a file's logits, in dB, the float file's being the signal."""
+    import numpy as np
+
+    from edgekd.export.noise import decibels
+    from edgekd.export.tflite import tflite_logits
+
+    signal, noisy = (tflite_logits(each, feeds).astype(np.float64) for each in (floats, file))
+    # What all classes have in common decides nothing.
+    signal, noisy = (values - values.mean(axis=1, keepdims=True) for values in (signal, noisy))
+    return decibels(float(np.square(noisy - signal).sum() / max(np.square(signal).sum(), 1e-30)))
 
 
 def _to_float(module: Any, example: Mapping[str, Any], output: Path) -> None:
@@ -58,14 +95,21 @@ def _to_float(module: Any, example: Mapping[str, Any], output: Path) -> None:
     litert_torch.convert(module, sample_kwargs=dict(example)).export(str(output))
 
 
-def _quantize(floats: Path, feeds: list[dict[str, Any]], output: str) -> None:
-    """8-bit weights and activations, and 8-bit word tables, which stay on the CPU with float results."""
+def _quantize(floats: Path, feeds: list[dict[str, Any]], output: str, *, wide: bool = False) -> None:
+    """8-bit weights and activations, and 8-bit word tables, which stay on the CPU with float results.
+
+    With `wide`, activations in the scopes of `WIDE` have 16 bits.
+    """
     from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe_manager
     from ai_edge_quantizer.utils.qsv_utils import min_max_update
 
     names = qtyping.TFLOperationName
     recipe = recipe_manager.RecipeManager()
     recipe.add_static_config(regex=".*", operation_name=names.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8)
+    for scope in WIDE if wide else ():
+        recipe.add_static_config(
+            regex=scope, operation_name=names.ALL_SUPPORTED, activation_num_bits=16, weight_num_bits=8
+        )
     recipe.add_dynamic_config(regex=".*", operation_name=names.EMBEDDING_LOOKUP, num_bits=8)
     work = quantizer.Quantizer(str(floats))
     work.load_quantization_recipe(recipe.get_quantization_recipe())

@@ -109,7 +109,9 @@ def build(student: Student, ctx: Context, output: Path) -> Path:
     ranges = None
     if ctx.lowering in CALIBRATED:
         ranges = calibrate(graph, _feeds(ctx), operators=operators_to_calibrate(ctx.lowering))
-    fixed = {"batch": ctx.budget.batch, "sequence": ctx.budget.sequence} if ctx.target.is_static else {}
+    fixed: dict[str, Any] = {}
+    if ctx.target.is_static:
+        fixed = {"batch": ctx.budget.batch, "sequence": ctx.budget.sequence}
     try:
         lower(
             graph,

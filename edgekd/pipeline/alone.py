@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from edgekd.context import Budget, Context, Progress, as_it_is
 from edgekd.data import DataSpec
 from edgekd.distill.processes import this_process
 from edgekd.errors import ModelError, StoreError
+from edgekd.families.zeros import lost_zeros
 from edgekd.files import explained, publish, sha256_folder, sha256_json, write_json
 from edgekd.operators import Operators
 from edgekd.pipeline.artifact import build
@@ -61,12 +62,20 @@ def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: 
     with explained("write", work):
         work.mkdir(parents=True, exist_ok=True)
     context = _context(name, own, asked, work, progress)
-    result = stage.run(student, context)
+    result = without_lost_promises(stage.run(student, context), progress)
     record = {"stage": name, "shape": result.arch.describe(), "details": plain(context.notes)}
     if this_process().main:
         _publish(result, record, final, setup, work)
         shutil.rmtree(work)
     return {"out": str(final), **record}
+
+
+def without_lost_promises(result: Student, progress: Progress) -> Student:
+    """What a stage made; zeros that it did not keep are said to be gone, and not promised any more."""
+    if not lost_zeros(result.model, result.sparsity):
+        return result
+    progress.say("the zeros of a sparse model did not live through this stage: it is dense again")
+    return replace(result, sparsity=None)
 
 
 def _require_same_tokens(name: str, own: Setup, setup: Setup, asked: Alone) -> None:

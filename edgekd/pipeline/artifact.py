@@ -11,6 +11,7 @@ import numpy as np
 
 from edgekd.context import Budget
 from edgekd.errors import DataError, TargetError
+from edgekd.export.blame import explain
 from edgekd.export.lower import NOT_FROM_ONNX, precision_of
 from edgekd.export.onnx import export_float
 from edgekd.export.parity import Parity, compare, onnx_logits, require_parity, torch_logits
@@ -89,12 +90,14 @@ def build(
     float_parity = None
     if graph is not None:
         float_parity = require_parity(reference, onnx_logits(graph, sampled), "fp32", "the exported float graph")
-        graph.unlink()
-    logits = form_logits(file, sampled)
-    if gate or precision_of(form) == "fp32":
-        parity = require_parity(reference, logits, precision_of(form), f"the {form} graph")
+    logits, precision = form_logits(file, sampled), precision_of(form)
+    if gate or precision == "fp32":
+        why = None if graph is None else explain(graph, file, sampled, precision)
+        parity = require_parity(reference, logits, precision, f"the {form} graph", why)
     else:
         parity = compare(reference, logits)
+    if graph is not None:
+        graph.unlink()
     shapes = {}
     if place is not None and place.target.is_static:
         shapes = {"batch": place.budget.batch, **({"sequence": place.budget.sequence} if task.kind == "text" else {})}

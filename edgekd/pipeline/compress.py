@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekd.constraints import remarks
 from edgekd.context import Progress, Silent
 from edgekd.devices import unavailable
 from edgekd.errors import BudgetError, EdgekdError, ModelError, StoreError, TargetError
@@ -90,6 +91,8 @@ def _run(run: RunFolder, recipe: Recipe, targets: list[Target], progress: Progre
     if (done := _finished(run, key, targets, progress)) is not None:
         return done
     write_text(run.path / "recipe.yaml", recipe.to_yaml())
+    for line in remarks(targets, recipe.stages):
+        progress.say(line)
     base = baseline(run, setup, progress)
     outcomes, troubles = [], {}
     for target in targets:

@@ -17,6 +17,9 @@ from edgekd.context import Budget
 from edgekd.export.bundle import ARTIFACT, assemble, seal
 from edgekd.export.lower import NOT_FROM_ONNX
 from edgekd.export.onnx import export_float
+from edgekd.export.operators import needs
+from edgekd.export.sparse import compress, compressed_bytes
+from edgekd.families.zeros import count_zeros
 from edgekd.files import sha256_file
 from edgekd.latency.bench import Settings
 from edgekd.latency.estimate import described
@@ -26,6 +29,7 @@ from edgekd.pipeline.artifact import Artifact, Place, build, timed, write
 from edgekd.pipeline.baseline import Baseline, quality
 from edgekd.pipeline.gauge import Gauged, Teacher, gauge, shipping_forms
 from edgekd.pipeline.setup import Setup
+from edgekd.pipeline.sides import in_flash
 from edgekd.report.card import model_card
 from edgekd.student import Student
 from edgekd.target import Target
@@ -176,8 +180,14 @@ def write_bundle(
 
 
 def layout(folder: Path, artifact: Artifact, student: Student, gauged: Gauged) -> None:
-    """Lay the bundle out: the artifact, what the vendor's compiler made of it under `device/`, config and processor."""
-    assemble(folder, artifact=artifact.file, student=student, place=place_of(artifact))
+    """Lay the bundle out: the artifact, what the vendor's compiler made of it under `device/`, config and processor.
+
+    Where the device stores the compressed file, that is beside the artifact.
+    """
+    place = place_of(artifact)
+    assemble(folder, artifact=artifact.file, student=student, place=place)
+    if (student.sparsity or {}).get("storage") == "compressed":
+        compress(folder / place, folder / f"{place}.gz")
     for file in device_files(gauged):
         (folder / DEVICE).mkdir(exist_ok=True)
         shutil.copyfile(file, folder / DEVICE / file.name)
@@ -202,14 +212,28 @@ def artifact_section(artifact: Artifact, student: Student, folder: Path, gauged:
         "file": name,
         "sha256": sha256_file(file),
         "size_bytes": file.stat().st_size,
+        "compressed_bytes": compressed_bytes(file),
+        **(in_flash(gauged.estimates["model"]) if gauged.estimates else {}),
+        **_sparse(student, folder, name),
         "precision": artifact.precision,
         "lowering": artifact.lowering,
         "opset": opset_of(file),
+        **({"needs": needs(file)} if file.suffix == ".onnx" else {}),
         "shape": student.arch.describe(),
         **({"fixed": artifact.shapes} if artifact.shapes else {}),
         **({"device": device} if device else {}),
         "parity": {"float": parity and parity.to_dict(), "shipped": artifact.parity.to_dict()},
     }
+
+
+def _sparse(student: Student, folder: Path, name: str) -> dict[str, Any]:
+    """Pattern and share of the zeros of a sparse student, and its compressed file if there is one."""
+    if student.sparsity is None:
+        return {}
+    zeros, weights = count_zeros(student.model, student.sparsity)
+    said: dict[str, Any] = {"pattern": student.sparsity["pattern"], "zeros": zeros, "of": weights}
+    packed = {"compressed": f"{name}.gz"} if (folder / f"{name}.gz").is_file() else {}
+    return {"sparsity": said, **packed}
 
 
 def opset_of(file: Path) -> int | None:

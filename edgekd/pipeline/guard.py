@@ -1,8 +1,10 @@
 """The no-gain guard: a stage stays only if what would ship got better in something that the stage is there for.
 
 `buys` of a stage names what that is. Latency: the 99 % interval of the ratio of medians, after over before in one
-interleaved run, lies wholly below 1; of two estimates, the later is lower. Size: at least 1 % smaller. Metric: higher
-on validation by more than chance among the examples that only one side gets right; if it is neither higher nor lower by
+interleaved run, lies wholly below 1; of two estimates, the later is lower. Size: at least 1 % smaller. Flash: the
+same of what a vendor's compiler makes for the device; elsewhere nothing is compiled, so nothing is gained. Transfer:
+the same of the file after deflate, if the student says that this is what the device stores. Metric: higher on
+validation by more than chance among the examples that only one side gets right; if it is neither higher nor lower by
 that much, the answers must be nearer to the teacher's (KL divergence). One of them is enough.
 
 `operators` times each of its operators itself, in the form that is to ship: what it has measured counts there, since
@@ -93,7 +95,7 @@ def decide(buys: Sequence[str], before: Side, after: Side, *, force: bool = Fals
         kept = "kept because of force, though" if force else "rolled back because"
         return Decision(kept=force, forced=force, why=f"{kept} it cannot be made for the target: {after.problem}")
     looks = [JUDGES[name](before, after) for name in buys]
-    figures = "; ".join(look.said for look in looks)
+    figures = "; ".join(look.said for look in looks if look.said)
     if any(look.gained for look in looks):
         return Decision(kept=True, forced=False, why=figures)
     if any(look.gained is None for look in looks):
@@ -117,11 +119,28 @@ def _latency(before: Side, after: Side) -> Look:
 
 
 def _size(before: Side, after: Side) -> Look:
-    if before.size_bytes is None or after.size_bytes is None:
-        return Look(None, "size is not known")
-    gained = after.size_bytes <= (1 - SMALLER) * before.size_bytes
-    change = after.size_bytes / before.size_bytes - 1
-    return Look(gained, f"size {before.size_bytes / 1e6:.2f} → {after.size_bytes / 1e6:.2f} MB ({change:+.1%})")
+    return _bytes("size", before.size_bytes, after.size_bytes) or Look(None, "size is not known")
+
+
+def _flash(before: Side, after: Side) -> Look:
+    return _bytes("flash", before.flash_bytes, after.flash_bytes) or Look(False, "")
+
+
+def _transfer(before: Side, after: Side) -> Look:
+    look = _bytes("compressed size", before.compressed_bytes, after.compressed_bytes)
+    if look is None:
+        return Look(None, "compressed size is not known")
+    stored = after.storage == "compressed"
+    return look if stored else Look(False, f"{look.said}, but the device stores the plain file")
+
+
+def _bytes(name: str, before: int | None, after: int | None) -> Look | None:
+    """Whether a number of bytes fell enough to count; None if one is not known."""
+    if before is None or after is None:
+        return None
+    change = after / before - 1
+    told = f"{name} {before / 1e6:.2f} → {after / 1e6:.2f} MB ({change:+.1%})"
+    return Look(after <= (1 - SMALLER) * before, told)
 
 
 def _metric(before: Side, after: Side) -> Look:
@@ -139,5 +158,11 @@ def _metric(before: Side, after: Side) -> Look:
     return Look(nearer if tie else low > 0, figures)
 
 
-JUDGES: dict[str, Callable[[Side, Side], Look]] = {"latency": _latency, "size": _size, "metric": _metric}
+JUDGES: dict[str, Callable[[Side, Side], Look]] = {
+    "latency": _latency,
+    "size": _size,
+    "flash": _flash,
+    "transfer": _transfer,
+    "metric": _metric,
+}
 """What a stage may buy, by the name it goes by in `buys`."""

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from edgekd.context import Budget
-from edgekd.devices import is_estimated, unavailable
+from edgekd.devices import Estimate, is_estimated, unavailable
 from edgekd.errors import ModelError, StageError
 from edgekd.export.lower import precision_of
 from edgekd.export.parity import Logits, torch_logits
+from edgekd.export.sparse import compressed_bytes
 from edgekd.files import sha256_file
 from edgekd.latency.artifact import Artifact as Model
 from edgekd.latency.bench import Settings
@@ -52,6 +53,8 @@ class Scale:
 class Side:
     """One of the two: latency as it stands in the ledger, size, metric on validation with its 95 % interval (Wilson).
 
+    `compressed_bytes` is the file after deflate, `flash_bytes` what a vendor's compiler made of it for the device and
+    `encoded_bytes` the weights therein, if it says so; `storage` is what the device keeps, `dense` or `compressed`.
     `divergence` is the mean KL divergence of its answers from the teacher's on validation, in nats. None: not known,
     because nothing could be made for the target; `problem` says why, also where its compiler refuses what was made.
     `metric_change_ci95` is the 95 % interval of the share of examples that the later side gets right and the earlier
@@ -63,6 +66,10 @@ class Side:
     precision: str
     latency: Mapping[str, Any]
     size_bytes: int | None = None
+    compressed_bytes: int | None = None
+    flash_bytes: int | None = None
+    encoded_bytes: int | None = None
+    storage: str = ""
     metric: float | None = None
     metric_ci95: tuple[float, float] | None = None
     metric_change_ci95: tuple[float, float] | None = None
@@ -185,11 +192,18 @@ def _estimated(scale: Scale, each: _Built, folder: Path) -> dict[str, Any]:
     name = f"estimate-{sha256_file(file)}"
     if name not in scale.known:
         try:
-            measurement, _ = estimate(scale.target, {"model": Model(file)}, folder)
-            scale.known[name] = {"kind": measurement.kind, "p50_ms": measurement.p50_ms}
+            measurement, made = estimate(scale.target, {"model": Model(file)}, folder)
+            scale.known[name] = {"kind": measurement.kind, "p50_ms": measurement.p50_ms, **in_flash(made["model"])}
         except (ModelError, StageError) as error:
             scale.known[name] = {**_unknown(str(error)), "problem": str(error)}
     return dict(scale.known[name])
+
+
+def in_flash(made: Estimate) -> dict[str, int]:
+    """`flash_bytes`: all files made for the device; `encoded_bytes`: its weights, where the compiler tells them."""
+    encoded = made.figures.get("total_npu_encoded_weights")
+    files = sum(file.stat().st_size for file in made.files)
+    return {**({"flash_bytes": files} if files else {}), **({} if encoded is None else {"encoded_bytes": int(encoded)})}
 
 
 def _with_ratio(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -210,11 +224,22 @@ def _side(scale: Scale, each: _Built, place: int, latency: dict[str, Any]) -> Si
         precision=artifact.precision,
         latency=latency,
         size_bytes=artifact.file.stat().st_size,
+        compressed_bytes=_compressed(scale, artifact.file),
+        flash_bytes=latency.pop("flash_bytes", None),
+        encoded_bytes=latency.pop("encoded_bytes", None),
+        storage=str((each.student.sparsity or {}).get("storage", "")),
         metric=None if labels is None else each.own.task.score(logits, labels),
         metric_ci95=None if hits is None else score_interval(hits),
         divergence=divergence(_teacher_logits(scale), logits),
         problem=str(latency.pop("problem", "")),
     )
+
+
+def _compressed(scale: Scale, file: Path) -> int:
+    name = f"compressed-{sha256_file(file)}"
+    if name not in scale.known:
+        scale.known[name] = compressed_bytes(file)
+    return int(scale.known[name])
 
 
 def _hits(scale: Scale, each: _Built, place: int) -> Hits | None:

@@ -15,6 +15,7 @@ import torch
 from edgekd.arch import Arch
 from edgekd.context import Budget, Context, Progress, as_it_is
 from edgekd.errors import StageError
+from edgekd.export.sparse import compressed_bytes
 from edgekd.families import arch_of
 from edgekd.operators import Operators
 from edgekd.pipeline.artifact import build, float_forms, score
@@ -31,6 +32,10 @@ from edgekd.target import Target, load_target, probe
 
 PROBE = 8
 """Examples on which reloading must give the same logits."""
+FIGURES = ("metric", "latency", "size_bytes", "compressed_bytes", "flash_bytes", "precision", "shape")
+"""What an entry of the ledger says of the student that goes on."""
+RARE = ("compressed_bytes", "flash_bytes")
+"""Of these, what is left out where it is not known; manifests of earlier versions have none of them."""
 ASIDE = "rolled-back"
 """Folder of a stage's folder that holds what the stage made, where that did not go on."""
 
@@ -232,6 +237,7 @@ def _shared(step: _Step, result: Student, work: Path) -> dict[str, Any]:
         "metric": score(artifact.file, step.setup.task, step.setup.validation)["value"],
         "latency": {"kind": "unavailable", "reason": "the stage is the same for all targets"},
         "size_bytes": artifact.file.stat().st_size,
+        "compressed_bytes": compressed_bytes(artifact.file),
         "precision": artifact.precision,
         "shape": result.arch.describe(),
     }
@@ -242,12 +248,12 @@ def _weighed(
 ) -> dict[str, Any]:
     """Both sides of the stage, the guard's decision, and in front the figures of what goes on."""
     same = result.model is before.model and result.processor_dir == before.processor_dir
-    if same and result.quantization == before.quantization:
+    if same and (result.quantization, result.sparsity) == (before.quantization, before.sparsity):
         return {"metric": None, "latency": {"kind": "unavailable", "reason": "the stage changes no weights"}}
     *sides, decision = guard(track.scale, step.stage, before, saved, ctx.work / "ledger", ctx.notes)
     made = {"before": sides[0].to_dict(), "after": sides[1].to_dict()}
     goes_on = made["before" if decision is not None and not decision.kept else "after"]
-    figures = {key: goes_on.get(key) for key in ("metric", "latency", "size_bytes", "precision", "shape")}
+    figures = {key: goes_on.get(key) for key in FIGURES if key in goes_on or key not in RARE}
     return {**figures, **(decision.to_dict() if decision else {}), **made}
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from annotated_types import Ge, Gt, Le, Lt
+
+from edgekd.distill.bounds import problems
+from edgekd.distill.terms import LossSettings, parse_terms
 from edgekd.errors import RecipeError, unknown
+from edgekd.target_fields import RUNTIMES, WEIGHTS_ALONE
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -14,21 +20,42 @@ if TYPE_CHECKING:
 
 __all__ = ["CHOICES", "Quantize", "candidates"]
 
-FORMS = (
-    "int8_dynamic", "int8_dynamic_fused", "int8_static", "int8_qdq", "int16_qdq", "int8_tflite", "fp16",
-)  # fmt: skip
+FORMS = tuple(
+    dict.fromkeys(
+        name for runtime in RUNTIMES.values() for name in runtime.lowerings if not name.startswith(("fp32", "bf16"))
+    )
+)
 CHOICES = ("auto", "int8", *FORMS)
+LEAST_GROUP = 16
+"""The smallest group of inputs with a scale of its own that MatMulNBits knows."""
+
+
+def _default_losses() -> LossSettings:
+    return {"forward_kl": {"weight": 1.0, "temperature": 2.0}, "hidden_mse": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """Post-training quantization: activations dynamic, or with ranges calibrated on training data.
+    """Quantize a student: after training (`epochs: 0`), or with training under the rounding that will be there.
 
     `lowering` names one form, or lets `auto` (all forms of the target) and `int8` (its int8 forms) try several,
     evaluate each on the validation split and measure each on the target: the fastest whose metric is at most
     `tolerance` under the float student's is kept (`auto` may also keep float, where int8 is slower). Where the target
-    cannot be measured, it is the first in the target's own order whose metric is good enough. Ranges are minima and
-    maxima over `calibration` examples.
+    cannot be measured, it is the first in the target's own order whose metric is good enough.
+
+    Static ranges come from `calibration` examples by `observer`. A form that misses the tolerance gets `fallback`: the
+    layers that hurt most (by the KL divergence that each alone costs) stay float until it is met. `smooth` (the alpha
+    of SmoothQuant; 0: off), `rounding: adaptive` (AdaRound) and `bias_correction` change the weights beforehand without
+    labels. `tune` lets neural-compressor choose bits and groups of the weights by the metric.
+
+    `weight_bits` 4 keeps the weights in groups of `group` inputs with one scale each (0: 32 of them; with 8 bits the
+    whole row); 2 is ternary, which needs training. `activations` limits the forms to those with `static` or `dynamic`
+    ranges; unset: what the form needs. `attention` and `embeddings` put the attention products and the word table
+    under the same rounding.
+
+    With `epochs`, `teacher` says who teaches: the run's `teacher`, or the float `student` itself. `freeze_ranges` is
+    the share of the steps after which ranges stand still, `learned` learns the step sizes (LSQ). The others mean
+    what they mean in `Distill`.
     """
 
     buys: ClassVar[tuple[str, ...]] = ("latency", "size")
@@ -36,20 +63,83 @@ class Quantize:
     lowering: str = "auto"
     calibration: int = 128
     tolerance: float = 0.005
+    observer: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "minmax"
+    fallback: bool = True
+    bias_correction: bool = False
+    smooth: Annotated[float, Ge(0), Lt(1)] = 0.0
+    rounding: Literal["nearest", "adaptive"] = "nearest"
+    tune: bool = False
+    weight_bits: Literal[8, 4, 2] = 8
+    group: int = 0
+    activations: Literal["dynamic", "static"] | None = None
+    attention: bool = False
+    embeddings: bool = False
+    epochs: Annotated[int, Ge(0)] = 0
+    batch_size: Annotated[int, Ge(1)] = 32
+    learning_rate: Annotated[float, Gt(0)] = 5e-5
+    losses: LossSettings = field(default_factory=_default_losses)
+    teacher: Literal["teacher", "student"] = "teacher"
+    freeze_ranges: Annotated[float, Ge(0), Le(1)] = 0.5
+    learned: bool = False
+    schedule: Literal["constant", "cosine", "linear"] = "linear"
+    warmup: Annotated[float, Ge(0), Le(1)] = 0.06
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    gradient_clip: Annotated[float, Ge(0)] = 1.0
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
+    patience: Annotated[int, Ge(0)] = 0
+    evaluate_steps: Annotated[int, Ge(0)] = 0
+    freeze_embeddings: bool | None = None
+    dropout: Annotated[float, Ge(0), Lt(1)] | None = 0.0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    cache: bool = True
+    cache_limit_gb: Annotated[float, Ge(0)] = 4.0
+    checkpoint_seconds: Annotated[float, Ge(0)] = 60.0
+    checkpoint_steps: Annotated[int, Ge(0)] = 0
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Check the settings.
+        """Check the settings one by one; `require_together` checks what they mean together.
 
         Raises:
-            RecipeError: unknown lowering or a value out of range.
+            RecipeError: names all that are wrong.
         """
+        wrong = [*problems(self), *self._problems()]
+        if wrong:
+            raise RecipeError("; ".join(wrong))
+
+    def _problems(self) -> Iterator[str]:
         if self.lowering not in CHOICES:
-            raise RecipeError(unknown("lowering", self.lowering, CHOICES))
+            yield unknown("lowering", self.lowering, CHOICES)
         if self.calibration < 1:
-            raise RecipeError(f"calibration must be at least 1, not {self.calibration!r}")
+            yield f"calibration must be at least 1, not {self.calibration!r}"
         if not 0 <= self.tolerance < 1:
-            raise RecipeError(f"tolerance must be between 0 and 1, not {self.tolerance!r}")
+            yield f"tolerance must be between 0 and 1, not {self.tolerance!r}"
+        if self.group and (self.group < LEAST_GROUP or self.group & (self.group - 1)):
+            yield f"group must be 0 or a power of two of at least {LEAST_GROUP}, not {self.group!r}"
+        try:
+            parse_terms(self.losses)
+        except RecipeError as error:
+            yield str(error)
+
+    def require_together(self) -> None:
+        """Check settings that depend on each other; a recipe's reader looks at each alone.
+
+        Raises:
+            RecipeError: names all that do not go together.
+        """
+        if wrong := list(self._contradictions()):
+            raise RecipeError("quantize: " + "; ".join(wrong))
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.weight_bits == 2 and not self.epochs:
+            yield "weight_bits: 2 (ternary) is useless without training; set epochs, or weight_bits: 4"
+        if self.learned and not self.epochs:
+            yield "learned: true learns step sizes in training; set epochs, or leave it out"
+        changes = {"smooth": self.smooth, "rounding: adaptive": self.rounding != "nearest", "tune": self.tune}
+        if self.epochs and (named := [name for name, on in changes.items() if on]):
+            yield f"{', '.join(named)} would undo what training has learned; leave out that or epochs"
+        if self.tune and self.rounding != "nearest":
+            yield "tune and rounding: adaptive both choose how weights are rounded; leave one out"
 
     @property
     def expected(self) -> str:
@@ -62,19 +152,25 @@ class Quantize:
         return forms[0] if forms and self.expected not in forms else self.expected
 
     def run(self, student: Student, ctx: Context) -> Student:
-        """Return the student with the chosen form (and its ranges) as `quantization`; the weights stay as they are."""
+        """Return the student with the chosen form (and its ranges) as `quantization`.
+
+        The weights stay as they are unless a setting (training, `smooth`, `rounding`, …) changes them.
+        """
         from edgekd.quantize.ptq import quantize
 
+        self.require_together()
         return quantize(self, student, ctx)
 
 
 def candidates(lowering: str, target: Target) -> tuple[str, ...]:
     """The forms of a target that a choice of `CHOICES` leaves, preferred first; empty if it runs none of them.
 
-    Plain fp32 is left out where a fused one is there: the final build chooses between the two.
+    Plain fp32 is left out where a fused one is there: the final build chooses between the two. Forms with quantized
+    weights alone are made where they are named, or where a recipe limits the size.
     """
-    if lowering == "auto":
-        return tuple(form for form in target.forms if form != "fp32" or "fp32_fused" not in target.forms)
-    if lowering == "int8":
-        return tuple(form for form in target.forms if form.startswith("int8"))
-    return tuple(form for form in target.forms if form == lowering)
+    fused = "fp32_fused" in target.forms
+    forms = [form for form in target.forms if not (form == "fp32" and fused)]
+    if lowering not in ("auto", "int8"):
+        return tuple(form for form in target.forms if form == lowering)
+    computed = [form for form in forms if form not in WEIGHTS_ALONE]
+    return tuple(form for form in computed if lowering == "auto" or form.startswith("int8"))

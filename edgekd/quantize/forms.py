@@ -9,14 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.errors import DataError, ModelError
-from edgekd.export.lower import CALIBRATED, NOT_FROM_ONNX, Ranges, calibrate, lower, operators_to_calibrate
+from edgekd.export.lower import CALIBRATED, NOT_FROM_ONNX, Ranges, lower, operators_to_calibrate
+from edgekd.export.nbits import WEIGHT_ONLY
 from edgekd.export.operators import check_operators
 from edgekd.export.parity import Logits, onnx_logits
 from edgekd.export.tflite import export_tflite, tflite_logits
+from edgekd.quantize.observers import find
 from edgekd.student import Student
 
 if TYPE_CHECKING:
-    from edgekd.context import Budget
+    from edgekd.context import Budget, Context
     from edgekd.target import Target
     from edgekd.tasks import Encoded, Task
 
@@ -40,9 +42,13 @@ def sample(examples: Encoded, count: int, *, seed: int) -> Encoded:
     return examples.take(np.random.default_rng(seed + 2).permutation(len(examples))[:count])
 
 
-def find_ranges(graph: Path, form: str, examples: Encoded) -> Ranges:
-    """Ranges of the activations of a float graph over all examples, one at a time and unpadded."""
-    return calibrate(graph, feeds_of(examples), operators=operators_to_calibrate(form))
+def find_ranges(graph: Path, form: str, examples: Encoded, *, observer: str = "minmax") -> Ranges:
+    """Ranges of the activations of a float graph over all examples, one at a time and unpadded.
+
+    Raises:
+        DataError: an example has values that are not finite.
+    """
+    return find(graph, feeds_of(examples), observer, operators_to_calibrate(form))
 
 
 def feeds_of(examples: Encoded) -> list[dict[str, npt.NDArray[Any]]]:
@@ -66,6 +72,9 @@ def write_form(
 ) -> Path:
     """Lower the float `graph` of a student to a form, with fixed shapes where the target needs them.
 
+    What training under quantization has learned (`activations`), the layers that stay float and the grid of weights
+    are the student's own.
+
     Raises:
         ModelError: the result has operators that the target does not run.
     """
@@ -79,11 +88,32 @@ def write_form(
         ranges=ranges,
         model_type=student.model.config.model_type,
         symmetric=target is not None and target.symmetric,
+        **_remembered(student, form),
         **fixed,
     )
     if target is not None and (problems := check_operators(file, target)):
         raise ModelError(f"the {form} graph does not suit {target.name}: {'; '.join(problems)}")
     return file
+
+
+def _remembered(student: Student, form: str) -> dict[str, Any]:
+    """What a student's quantization says of a form; layers stay float only in the form that it was chosen for."""
+    own: dict[str, Any] = student.quantization or {}
+    told: dict[str, Any] = {}
+    if activations := own.get("activations"):
+        told["activations"] = {name: (low, high) for name, (low, high) in activations.items()}
+    if own.get("lowering", form) == form and own.get("keep_float"):
+        told["keep_float"] = tuple(own["keep_float"])
+    if form in WEIGHT_ONLY:
+        told["weights"] = own.get("weights") or _trained_grid(own.get("scheme") or {}, form)
+    return told
+
+
+def _trained_grid(scheme: dict[str, Any], form: str) -> dict[str, Any]:
+    """The grid on which training has put the weights, if it is one of this form's bits."""
+    if scheme.get("weight_bits") != WEIGHT_ONLY[form]:
+        return {}
+    return {"group": scheme.get("group", 0), "symmetric": True}
 
 
 def write_tflite(student: Student, task: Task, output: Path, examples: Encoded, budget: Budget) -> Path:
@@ -94,7 +124,21 @@ def write_tflite(student: Student, task: Task, output: Path, examples: Encoded, 
         StageError: it does not take the model.
     """
     sequence = budget.sequence if task.kind == "text" else None
-    return export_tflite(student, task.name, feeds_of(examples), output, batch=budget.batch, sequence=sequence)
+    return export_tflite(
+        student, task.name, feeds_of(examples), output, batch=budget.batch, sequence=sequence, wide=None
+    )
+
+
+def metric_of(logits: Logits, ctx: Context) -> float:
+    """The task's metric on validation.
+
+    Raises:
+        DataError: there are no labels.
+    """
+    labels = ctx.validation.labels
+    if labels is None:
+        raise DataError("the validation split has no labels and was not labelled by the teacher")
+    return ctx.task.score(logits, labels)
 
 
 def form_logits(file: Path, encoded: Encoded) -> Logits:

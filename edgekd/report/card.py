@@ -63,7 +63,14 @@ def _quality_rows(manifest: Mapping[str, Any]) -> list[str]:
         reference = f"{teacher['value']:.4f}" if teacher else ""
         rows.append(f"| {quality['metric']} on {quality['split']} (n={quality['n']}) | {reference} | {own} |")
     reference = f"{teacher['size_bytes'] / 1e6:.2f} MB" if teacher else ""
-    return [*rows, f"| {_kind(artifact)} file | {reference} | {artifact['size_bytes'] / 1e6:.2f} MB |"]
+    rows.append(f"| {_kind(artifact)} file | {reference} | {artifact['size_bytes'] / 1e6:.2f} MB |")
+    if "sparsity" in artifact:
+        zeros = artifact["sparsity"]["zeros"] / artifact["sparsity"]["of"]
+        rows.append(f"| zeros in the matrices of its layers ({artifact['sparsity']['pattern']}) | | {zeros:.1%} |")
+        rows.append(f"| the file after deflate | | {artifact['compressed_bytes'] / 1e6:.2f} MB |")
+    if "flash_bytes" in artifact:
+        rows.append(f"| compiled for the device | | {artifact['flash_bytes'] / 1e6:.2f} MB |")
+    return rows
 
 
 def _latency_rows(latency: list[Mapping[str, Any]]) -> list[str]:
@@ -151,6 +158,8 @@ def _usage(manifest: Mapping[str, Any]) -> list[str]:
     model = PIPELINES[task]
     length = artifact.get("fixed", {}).get("sequence")
     padded = f', padding="max_length", truncation=True, max_length={length}' if length else ""
+    if "compressed" in artifact:
+        device.append(f"`{artifact['compressed']}` is the same file after gzip: unpack it to load it.")
     lines = [
         "```python",
         f"from optimum.onnxruntime import {model}",
@@ -170,4 +179,5 @@ def _usage(manifest: Mapping[str, Any]) -> list[str]:
         *lines,
         "It runs at the stated speed in a plain `onnxruntime.InferenceSession` with default options on the target's",
         "execution provider, and loads in transformers.js from the same folder.",
+        *device,
     ]

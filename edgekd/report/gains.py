@@ -26,7 +26,7 @@ def gains(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _row(entry: Mapping[str, Any]) -> dict[str, Any]:
     name, said, why = str(entry["stage"]), decision(entry), str(entry.get("why", ""))
     sides = entry["before"], entry["after"]
-    ratio, size = _ratio(sides[1]["latency"]), _change([_megabytes(side) for side in sides], ".2f", " MB")
+    ratio, size = _ratio(sides[1]["latency"]), _sizes(*sides)
     remark = said != "kept" or not ratio or why.startswith("kept ")
     p50 = _change([side["latency"].get("p50_ms") for side in sides], ".3f", " ms")
     metric = _change([side.get("metric") for side in sides], ".4f", " on validation")
@@ -89,5 +89,17 @@ def _change(sides: Sequence[float | None], form: str, unit: str) -> str:
     return "" if all(value is None for value in sides) else f"{' → '.join(told)}{unit}"
 
 
-def _megabytes(side: Mapping[str, Any]) -> float | None:
-    return None if side.get("size_bytes") is None else float(side["size_bytes"]) / 1e6
+def _sizes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The files' sizes; compressed and in flash too where zeros made a difference that the plain file does not show."""
+    told = [_megabytes("size_bytes", before, after)]
+    if before.get("size_bytes") == after.get("size_bytes"):
+        told += [f"{name} {size}" for name, key in HIDDEN if (size := _megabytes(key, before, after))]
+    return "; ".join(filter(None, told))
+
+
+HIDDEN = (("compressed", "compressed_bytes"), ("flash", "flash_bytes"))
+
+
+def _megabytes(key: str, *sides: Mapping[str, Any]) -> str:
+    sizes = [side.get(key) for side in sides]
+    return _change([None if size is None else size / 1e6 for size in sizes], ".2f", " MB")

@@ -33,6 +33,7 @@ from edgekd.distill.signals import Signals
 from edgekd.distill.teachers import Source
 from edgekd.distill.terms import Term, parse_terms
 from edgekd.distill.wiring import Pairs, Wiring, source, wire
+from edgekd.errors import RecipeError
 from edgekd.supernet.rewire import rewire
 from edgekd.supernet.slices import Slices, draw
 from edgekd.supernet.space import Space, kept_layers
@@ -59,6 +60,10 @@ def train_supernet(settings: Supernet, student: Student, ctx: Context) -> Studen
     terms = parse_terms(settings.losses)
     torch.manual_seed(ctx.seed)
     wiring = wire(student, ctx.teacher, terms, batch=first_batch(ctx.train, processes), layer_map="source")
+    if wiring.watches:
+        raise RecipeError(
+            "supernet compares hidden states and logits alone: use hidden_mse in place of what attention gives"
+        )
     labels = known_labels(ctx.train)
     wires = Wires(student=student, whole=wiring, teacher_layers=len(ctx.teacher.arch.layers))
     teaching = teacher_source(settings, ctx, terms, wires.union(space), labels, processes)

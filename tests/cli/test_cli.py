@@ -268,9 +268,3 @@ def test_init_writes_a_recipe_that_loads(make_model, text_data, tmp_path):
 
     assert {"search", "prune", "distill", "quantize"} <= set(load_recipe(file).stages)
     assert "--force" in invoke("init", file).output
-
-
-def test_what_comes_in_a_later_version_is_refused_with_that_reason():
-    done = invoke("sparsify", "student", "--out", "sparse")
-    assert done.exit_code == 2
-    assert "sparsify is not available in this version" in done.output

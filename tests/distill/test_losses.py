@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from edgekd.distill.losses import LOSSES, Loss
-from edgekd.distill.losses.attention import minilm
-from edgekd.distill.losses.feature import hidden_mse, squarehead
-from edgekd.distill.losses.logit import cross_entropy, dkd, forward_kl, mse, nkd, ttm, wttm
+from edgekd.distill.losses.affinity import feature_affinity, feature_affinity_fast
+from edgekd.distill.losses.attention import attention_kl, minilm
+from edgekd.distill.losses.feature import attention_output_mse, hidden_mse, raw_hidden_mse, squarehead
+from edgekd.distill.losses.logit import cross_entropy, dkd, forward_kl, mse, nkd, soft_cross_entropy, ttm, wttm
 from edgekd.distill.losses.relation import rkd
 
 SAMPLES, CLASSES, TOKENS, WIDTH = 8, 5, 6, 12
 # Their least value is above zero, or is not where both logits are equal.
-NOT_ZERO_AT_TEACHER = {"cross_entropy", "nkd", "sinkd", "ttm", "wttm"}
+NOT_ZERO_AT_TEACHER = {"cross_entropy", "nkd", "sinkd", "soft_cross_entropy", "ttm", "wttm"}
 NAMES = sorted(LOSSES)
 
 Make = Callable[[int], Any]
@@ -35,7 +36,19 @@ SIGNALS: dict[str, Make] = {
     "hidden": lambda seed: [_states(seed)[_mask()], _states(seed + 100)[_mask()]],
     "embedding": lambda seed: _states(seed)[:, 0],
     "qkv": lambda seed: tuple(_states(seed + i) for i in (100, 200, 300)),
+    "states": lambda seed: [_states(seed)[_mask()], _states(seed + 100)[_mask()]],
+    "outputs": lambda seed: [_states(seed)[_mask()], _states(seed + 100)[_mask()]],
+    "maps": lambda seed: [_maps(seed), _maps(seed + 100)],
+    "features": lambda seed: [_states(seed), _states(seed + 100)],
 }
+ROWS = ("hidden", "states", "outputs")
+
+
+def _maps(seed: int) -> Tensor:
+    """Attention `[B, 3, S, S]` that leaves padding out; where a row is all padding, it is even."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = 2 * torch.randn(SAMPLES, 3, TOKENS, TOKENS, generator=generator)
+    return scores.masked_fill(~_mask()[:, None, None, :], -1e4).softmax(-1)
 
 
 def _mask() -> Tensor:
@@ -54,6 +67,7 @@ def _map(signal: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def _call(loss: Loss, student: Any, teacher: Any, mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
     values = {"mask": _mask() if mask is None else mask, "labels": _labels() if labels is None else labels}
     second = values["labels"] if loss.needs[0] == "labels" else teacher
+    torch.manual_seed(0)  # for those that draw noise
     return loss.function(student, second, **{need: values[need] for need in loss.needs[1:]})
 
 
@@ -66,7 +80,9 @@ def test_equal_signals_give_zero_and_no_gradient(name: str) -> None:
     loss = LOSSES[name]
     teacher = SIGNALS[loss.needs[0]](1)
     student = _map(teacher, lambda t: t.clone().requires_grad_())
-    value = _call(loss, student, teacher)
+    # Maps are the result of a softmax, which takes no notice of a gradient that is the same all along a row.
+    shown = _map(student, lambda t: t.clamp_min(1e-30).log().softmax(-1)) if "maps" in loss.needs else student
+    value = _call(loss, shown, teacher)
     value.backward()
     assert abs(value.item()) < 1e-5
     assert all(t.grad is not None and t.grad.abs().max() < 1e-4 for t in _tensors(student))
@@ -109,7 +125,7 @@ def test_only_the_student_gets_a_gradient(name: str) -> None:
 def test_padding_has_no_influence(name: str) -> None:
     loss = LOSSES[name]
     make = SIGNALS[loss.needs[0]]
-    padded = (~_mask())[..., None]
+    padded = (~_mask())[:, None, :, None] if "maps" in loss.needs else (~_mask())[..., None]
     student = _map(make(1), lambda t: t.requires_grad_())
     value = _call(loss, student, make(2))
     value.backward()
@@ -127,7 +143,7 @@ def test_order_of_the_batch_does_not_matter(name: str) -> None:
     order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(3))
     value = _call(loss, make(1), make(2))
     tokens = torch.randperm(int(_mask().sum()), generator=torch.Generator().manual_seed(4))
-    rows = tokens if loss.needs[0] == "hidden" else order
+    rows = tokens if loss.needs[0] in ROWS else order
     student, teacher = (_map(make(seed), lambda t: t[rows]) for seed in (1, 2))
     shuffled = _call(loss, student, teacher, mask=_mask()[order], labels=_labels()[order])
     assert torch.allclose(value, shuffled, rtol=1e-4, atol=1e-5)
@@ -229,3 +245,69 @@ def test_rkd_does_not_see_rotation_or_scale() -> None:
     embeddings = SIGNALS["embedding"](1)
     rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5)))[0]
     assert rkd(4 * embeddings @ rotation, embeddings).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_soft_cross_entropy_is_forward_kl_and_the_teacher_s_entropy() -> None:
+    student, teacher = SIGNALS["logits"](1), SIGNALS["logits"](2)
+    entropy = -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1).mean()
+    assert torch.allclose(soft_cross_entropy(student, teacher), forward_kl(student, teacher) + entropy)
+
+
+def test_raw_differences_are_summed_over_layers() -> None:
+    zero, one = torch.zeros(3, 4), torch.ones(3, 4)
+    for loss in (raw_hidden_mse, attention_output_mse):
+        assert loss([one, 2 * one], [zero, zero]).item() == pytest.approx(1 + 4)
+
+
+def test_attention_kl_by_hand() -> None:
+    """Two examples, one with a padded token, one head: mean over query rows, then over examples."""
+    mask = torch.tensor([[True, True], [True, False]])
+    even, sharp = torch.tensor([0.5, 0.5]), torch.tensor([0.75, 0.25])
+    student = torch.stack([torch.stack([even, even]), torch.tensor([[1.0, 0.0], [0.3, 0.7]])])[:, None]
+    teacher = torch.stack([torch.stack([sharp, even]), torch.tensor([[1.0, 0.0], [0.9, 0.1]])])[:, None]
+    row = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert attention_kl([student], [teacher], mask).item() == pytest.approx((row / 2 + 0) / 2, rel=1e-5)
+    assert attention_kl([student] * 2, [teacher] * 2, mask).item() == pytest.approx(row / 2, rel=1e-5)
+
+
+def test_attention_kl_stays_finite_where_the_student_attends_to_nothing() -> None:
+    student, teacher = torch.eye(2)[None, None].requires_grad_(), torch.eye(2).flip(0)[None, None]
+    value = attention_kl([student], [teacher], torch.ones(1, 2, dtype=torch.bool))
+    value.backward()
+    assert value.item() == pytest.approx(-math.log(1e-8), rel=1e-4)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+def test_feature_affinity_by_hand() -> None:
+    """Two positions: their cosine is 1 for the student and 0 for the teacher, in two of four entries."""
+    student, teacher = torch.tensor([[[1.0, 1.0], [2.0, 2.0]]]), torch.tensor([[[3.0, 0.0, 0.0], [0.0, 5.0, 0.0]]])
+    assert feature_affinity([student], [teacher]).item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_affinities_do_not_see_rotation_or_scale() -> None:
+    features = SIGNALS["features"](1)[0]
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5)))[0]
+    for loss in (feature_affinity, feature_affinity_fast):
+        assert loss([4 * features @ rotation], [features]).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_fast_affinity_draws_fresh_noise_from_torch_s_generator() -> None:
+    student, teacher = SIGNALS["features"](1), SIGNALS["features"](2)
+    values = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        values.append([feature_affinity_fast(student, teacher).item() for _ in range(2)])
+    assert values[0] == values[1] != values[2]
+    assert values[0][0] != values[0][1]
+
+
+def test_fast_affinity_is_the_product_of_exact_differences_with_noise() -> None:
+    student, teacher = SIGNALS["features"](1)[:1], SIGNALS["features"](2)[:1]
+    torch.manual_seed(3)
+    fast = feature_affinity_fast(student, teacher, columns=4)
+    torch.manual_seed(3)
+    noise = torch.randn(TOKENS, 4)
+    unit = [each[0] / each[0].norm(dim=-1, keepdim=True) for each in (student, teacher)]
+    difference = (unit[0] @ unit[0].transpose(1, 2) - unit[1] @ unit[1].transpose(1, 2)) @ noise
+    assert torch.allclose(fast, difference.abs().sum(1).mean() / TOKENS**2, rtol=1e-4)

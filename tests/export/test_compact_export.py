@@ -26,7 +26,7 @@ CHANGES = {
     "fewer": ({"tokens": 5, "activation": "quick_gelu"}, {}, {"tokens": 1}),
     "shared": ({"rank": 9}, {"shares": True, "norm": "affine"}, {"shares": True, "tokens": 3}),
 }
-CLOSE = {"fp32": 2e-6, "fp32_fused": 2e-6, "int8_dynamic_fused": 0.03}
+CLOSE = {"fp32": 2e-6, "fp32_fused": 2e-6, "fp32_lean": 2e-6, "int8_dynamic_fused": 0.03, "int8_dynamic_lean": 0.03}
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,8 @@ def test_every_lowering_says_what_torch_says(graphs, kind, tmp_path):
         tolerance = 1e-4 if precision_of(name) == "fp32" else 0.25 * float(np.ptp(expected))
         assert np.abs(run(file, feeds) - expected).max() < tolerance, name
         if precision_of(name) == "int8":
-            assert any(t.data_type == onnx.TensorProto.INT8 for t in onnx.load(file).graph.initializer)
+            integers = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+            assert any(t.data_type in integers for t in onnx.load(file).graph.initializer)
 
 
 def test_fused_graphs_have_fused_attention_and_no_add_that_would_be_fused_at_load(graphs, tmp_path):

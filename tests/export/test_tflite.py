@@ -225,6 +225,46 @@ def test_int8_files_agree_with_torch(make_model: Any, tmp_path: Path, converter:
     assert [path.name for path in tmp_path.iterdir()] == ["m.tflite"]
 
 
+@pytest.mark.device
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_trained_weights_keep_their_integers_and_zeros(
+    snapped: Any, tmp_path: Path, converter: Converter, kind: str
+) -> None:
+    pytest.importorskip("litert_torch")
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    made = snapped(kind)
+    task = "text-classification" if kind in TEXT else "image-classification"
+    file = export_tflite(
+        made.student, task, feeds_of(kind), tmp_path / "m.tflite", sequence=SEQUENCE, converter=converter
+    )
+    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = Interpreter(str(file), experimental_op_resolver_type=plain, experimental_preserve_all_tensors=True)
+    interpreter.allocate_tensors()
+    held = [
+        interpreter.get_tensor(item["index"])
+        for item in interpreter.get_tensor_details()
+        if item["dtype"] == np.int8 and len(item["shape"]) in (2, 4)
+    ]
+    for module, weight in made.weights.items():
+        rows = weight.reshape(len(weight), -1)
+        scale = np.abs(rows).max(axis=1, keepdims=True) / 127
+        integers = np.round(rows / np.where(scale > 0, scale, 1))
+        assert (integers == 0).mean() > 0.1
+        found = [
+            value for value in held
+            if value.size >= integers.size and value.shape[0] == len(integers) and holds(value, integers, weight.ndim)
+        ]  # fmt: skip
+        assert found, module
+
+
+def holds(value: np.ndarray, integers: np.ndarray, axes: int) -> bool:
+    """Whether a tensor of the file is a weight; convolutions have their channels last, and perhaps one more."""
+    if axes == 2:
+        return bool(np.array_equal(value.reshape(len(value), -1), integers))
+    return bool(np.array_equal(value[..., :1].reshape(len(value), -1), integers))
+
+
 def assert_alike(student: Student, file: Path, feeds: list[dict[str, np.ndarray]]) -> None:
     import torch
 
@@ -247,6 +287,41 @@ def shuffled(student: Student) -> Student:
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * parameter.std(correction=0)
     return student.with_model(model)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "vit"])
+def test_wider_activations_are_nearer_to_float(
+    make_model: Any, tmp_path: Path, converter: Converter, kind: str
+) -> None:
+    pytest.importorskip("litert_torch")
+    student, task = student_of(make_model, kind)
+    feeds, noise = feeds_of(kind), []
+    for wide in (False, True):
+        file = tmp_path / f"{wide}.tflite"
+        export_tflite(student, task, feeds, file, sequence=SEQUENCE, converter=converter, wide=wide)
+        noise.append(tflite_parity(student, file, feeds).max_abs)
+    assert noise[1] < noise[0]
+
+
+def test_the_wider_file_is_kept_only_where_it_is_needed_and_better(tmp_path: Path, monkeypatch: Any) -> None:
+    made: list[bool] = []
+
+    def quantize(floats: Path, feeds: Any, output: str, *, wide: bool) -> None:
+        made.append(wide)
+        Path(output).write_text("wide" if wide else "narrow")
+
+    noise = {"narrow": 20.0, "wide": 30.0}
+    monkeypatch.setattr(tflite_worker, "_quantize", quantize)
+    monkeypatch.setattr(tflite_worker, "_noise", lambda floats, file, feeds: noise[file.read_text()])
+    for narrow, wide, expected in ((20.0, 30.0, False), (9.0, 30.0, True), (9.0, 8.0, False)):
+        noise.update(narrow=narrow, wide=wide)
+        output = tmp_path / "m.tflite"
+        output.write_text("narrow")
+        assert tflite_worker._widened(tmp_path / "m.float", [], output) is expected
+        assert output.read_text() == ("wide" if expected else "narrow")
+        assert [path.name for path in tmp_path.iterdir()] == ["m.tflite"]
+    assert made == [True, True]
 
 
 @pytest.mark.device

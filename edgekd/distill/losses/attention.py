@@ -1,4 +1,4 @@
-"""Losses on queries, keys and values."""
+"""Losses on queries, keys and values, and on the maps that come of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from edgekd.distill.losses.loss import Loss, table
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LEAST = 1e-8
+"""The least probability whose logarithm is taken."""
 
 
 def minilm(
@@ -59,4 +62,24 @@ def _relation_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return rows[mask].mean()
 
 
-ATTENTION = table(Loss(name="minilm", function=minilm, needs=("qkv", "mask")))
+def attention_kl(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Σ over layers of KL(teacher ‖ student) of attention maps `[B, heads, S, S]` after the softmax.
+
+    Of each example only the block of valid tokens counts, mean over its query rows, then over heads and examples.
+    Probabilities are at least 1e-8. Kim et al. 2022, arXiv:2211.11014.
+    """
+    block = mask[:, None, :, None] & mask[:, None, None, :]
+    parts = [_map_kl(s, t.detach(), block, mask.sum(1)) for s, t in zip(student, teacher, strict=True)]
+    return reduce(add, parts)
+
+
+def _map_kl(student: Tensor, teacher: Tensor, block: Tensor, lengths: Tensor) -> Tensor:
+    student, teacher = student.float().clamp_min(LEAST), teacher.float().clamp_min(LEAST)
+    each = (teacher * (teacher.log() - student.log())).masked_fill(~block, 0.0)
+    return (each.sum((2, 3)) / lengths[:, None]).mean()
+
+
+ATTENTION = table(
+    Loss(name="minilm", function=minilm, needs=("qkv", "mask")),
+    Loss(name="attention_kl", function=attention_kl, needs=("maps", "mask")),
+)

@@ -1,4 +1,4 @@
-"""Losses on hidden states of matched layers: one `[N, D]` per layer, N the valid tokens of the batch."""
+"""Losses on states of matched layers: one `[N, D]` per layer, N the valid tokens of the batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,31 @@ def squarehead(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return reduce(add, parts)
 
 
+def raw_hidden_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Σ over layers, the embeddings among them, of the mean squared difference of token vectors as they are.
+
+    Kim et al. 2022, arXiv:2211.11014, as one part of its objective.
+    """
+    return _sum_of_mse(student, teacher)
+
+
+def attention_output_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Σ over layers of the mean squared difference of what attention gives: after projection, residual and LayerNorm.
+
+    Kim et al. 2022, arXiv:2211.11014, which finds it or `attention_kl` better by task, large models this one. ADAPT: in
+    layers that normalize first, as ViT's, the LayerNorm is the one before the feed-forward network.
+    """
+    return _sum_of_mse(student, teacher)
+
+
+def _sum_of_mse(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    parts = [(s.float() - t.detach().float()).square().mean() for s, t in zip(student, teacher, strict=True)]
+    return reduce(add, parts)
+
+
 FEATURE = table(
     Loss(name="hidden_mse", function=hidden_mse, needs=("hidden",)),
     Loss(name="squarehead", function=squarehead, needs=("hidden",)),
+    Loss(name="raw_hidden_mse", function=raw_hidden_mse, needs=("states",)),
+    Loss(name="attention_output_mse", function=attention_output_mse, needs=("outputs",)),
 )

@@ -30,6 +30,15 @@ def forward_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) ->
     return _kl(teacher_log, student_log).mean() * temperature**2
 
 
+def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    """-Σ p log q of the teacher's and the student's probabilities: `forward_kl` plus what no student can change.
+
+    Kim et al. 2022, "Understanding and Improving Knowledge Distillation for Quantization-Aware Training of Large
+    Transformer Encoders", arXiv:2211.11014.
+    """
+    return -(teacher.detach().float().softmax(-1) * student.float().log_softmax(-1)).sum(-1).mean()
+
+
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of raw logits.
 
@@ -180,6 +189,7 @@ def _length(rows: Tensor) -> Tensor:
 LOGIT = table(
     Loss(name="cross_entropy", function=cross_entropy, needs=("labels",)),
     Loss(name="forward_kl", function=forward_kl),
+    Loss(name="soft_cross_entropy", function=soft_cross_entropy),
     Loss(name="mse", function=mse),
     Loss(name="standardized_kl", function=standardized_kl),
     Loss(name="nkd", function=nkd, needs=("logits", "labels")),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Need = Literal["logits", "labels", "hidden", "embedding", "qkv", "mask"]
+Need = Literal["logits", "labels", "hidden", "embedding", "qkv", "mask", "states", "maps", "outputs", "features"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,10 @@ class Loss:
     - `hidden`: sequences of matched layers, `[valid tokens, D]` each, of equal width
     - `embedding`: `[B, K]` each, the mean of the last hidden state over valid tokens; widths may differ
     - `qkv`: `(query, key, value)` of the last layer, `[B, S, D]` each; widths may differ
+    - `states`: as `hidden`, but raw, and with the output of the embeddings first where both have the same shape
+    - `maps`: attention after the softmax, `[B, heads, S, S]` of matched layers, with equal heads
+    - `outputs`: attention's output after residual and normalization, `[valid tokens, D]` of matched layers
+    - `features`: image features of matched stages or layers, `[B, positions, channels]` each; channels may differ
     - `labels`: `[N]`, int64
     - `mask`: `[B, S]` bool, true for valid tokens
     """

@@ -1,0 +1,130 @@
+"""One form of a student, built and scored, and built again with layers in float where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.errors import StageError
+from edgekd.export.blame import explain
+from edgekd.export.lower import NOT_FROM_ONNX, Ranges, precision_of
+from edgekd.export.parity import Logits, require_parity
+from edgekd.quantize.forms import find_ranges, form_logits, metric_of, needs_examples, sample, write_form, write_tflite
+from edgekd.quantize.prepare import Sources
+from edgekd.quantize.sensitivity import EXAMPLES, fewest, rank, units
+from edgekd.student import Student
+
+
+@dataclass(frozen=True)
+class Built:
+    """A form with the student it was made from, its ranges (None: it keeps none), its logits and its score.
+
+    `problem`: why it cannot ship as it is.
+    """
+
+    form: str
+    student: Student
+    graph: Path
+    file: Path
+    ranges: Ranges | None
+    logits: Logits
+    metric: float
+    problem: str = ""
+
+    def is_good(self, floor: float) -> bool:
+        """Whether it may ship and its metric is at least this."""
+        return not self.problem and self.metric >= floor
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether layers of it can stay float."""
+        return self.form not in NOT_FROM_ONNX and precision_of(self.form) in ("int8", "int4")
+
+
+def build_form(form: str, sources: Sources, reference: Logits) -> Built:
+    """Write one form of its source and score it on validation.
+
+    Raises:
+        DataError, ModelError, RecipeError: as making it raises them.
+        StageError: it says something else than the float model, and leaving layers in float could not help.
+    """
+    ctx, settings, source = sources.ctx, sources.settings, sources.of(form)
+    ranges = None
+    examples = sample(ctx.train, settings.calibration, seed=ctx.seed) if needs_examples(form) else None
+    if form in NOT_FROM_ONNX and examples is not None:
+        file = write_tflite(source.student, ctx.task, ctx.work / f"{form}.tflite", examples, ctx.budget)
+    else:
+        if examples is not None:
+            ranges = find_ranges(source.graph, form, examples, observer=settings.observer)
+        file = ctx.work / f"{form}.onnx"
+        write_form(source.student, source.graph, form, file, target=ctx.target, budget=ctx.budget, ranges=ranges)
+    made = Built(form, source.student, source.graph, file, ranges, form_logits(file, ctx.validation), 0.0)
+    why = None
+    if form not in NOT_FROM_ONNX:
+        why = explain(source.graph, file, ctx.validation, precision_of(form))
+    return _judged(made, sources, reference, strict=not (settings.fallback and made.has_layers), why=why)
+
+
+def _judged(
+    built: Built, sources: Sources, reference: Logits, *, strict: bool, why: Callable[[], str] | None = None
+) -> Built:
+    """With its score, and what is wrong with it; if `strict`, that is raised."""
+    ctx, problem = sources.ctx, ""
+    try:
+        require_parity(reference, built.logits, precision_of(built.form), built.form, why)
+    except StageError as error:
+        if strict or not np.isfinite(built.logits).all():
+            raise
+        problem = str(error)
+    return replace(built, metric=metric_of(built.logits, ctx), problem=problem)
+
+
+def rescue(built: Built, sources: Sources, reference: Logits, floor: float) -> Built | None:
+    """The same form with the fewest of the worst layers in float, if that lifts its metric over the floor.
+
+    The sensitivity of all layers goes into the notes.
+    """
+    import onnx
+
+    ctx = sources.ctx
+    own = tuple((built.student.quantization or {}).get("keep_float", ()))
+    parts = [unit for unit in units(onnx.load(built.graph, load_external_data=False)) if not set(unit) & set(own)]
+    ctx.progress.say(f"quantize: {built.form} misses the tolerance; trying its {len(parts)} layers one by one")
+    few = ctx.validation.take(np.arange(min(EXAMPLES, len(ctx.validation)), dtype=np.int64))
+
+    def build(kept: Sequence[str]) -> Path:
+        return _write(built, [*own, *kept], ctx.work / "tried.onnx", sources)
+
+    ranked = rank(parts, build, lambda file: form_logits(file, few), reference[: len(few)])
+    told = {"lowering": built.form}
+    ctx.notes.setdefault("sensitivity", []).extend({**told, **each.to_dict()} for each in ranked)
+    best: list[Built] = []
+
+    def good(kept: Sequence[str]) -> bool:
+        logits = form_logits(build(kept), ctx.validation)
+        best[:] = [_judged(replace(built, logits=logits, problem=""), sources, reference, strict=False)]
+        return best[0].is_good(floor)
+
+    kept = fewest(ranked, good)
+    if kept is None:
+        ctx.progress.say(f"quantize: {built.form} misses it even with half of its layers in float")
+        return None
+    student = _with_float(built.student, built.form, [*own, *kept])
+    file = _write(built, [*own, *kept], ctx.work / f"{built.form}_part.onnx", sources)
+    return replace(best[0], student=student, file=file)
+
+
+def _write(built: Built, kept: Sequence[str], output: Path, sources: Sources) -> Path:
+    ctx, student = sources.ctx, _with_float(built.student, built.form, kept)
+    return write_form(
+        student, built.graph, built.form, output, target=ctx.target, budget=ctx.budget, ranges=built.ranges
+    )
+
+
+def _with_float(student: Student, form: str, kept: Sequence[str]) -> Student:
+    return replace(
+        student, quantization={**(student.quantization or {}), "lowering": form, "keep_float": sorted(set(kept))}
+    )

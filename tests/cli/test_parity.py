@@ -1,0 +1,68 @@
+"""`edgekd parity`: sound files pass, changed ones do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import numpy_helper
+
+from edgekd.cli import main
+from edgekd.export.layers import quantized_layers
+from edgekd.export.lower import lower
+from edgekd.export.onnx import export_float
+from edgekd.student import load_student
+
+KEY = "bert.encoder.layer.0.attention.self.key"
+
+
+@pytest.fixture(scope="module")
+def files(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model folder and its dynamic int8 file."""
+    folder, out = make_model("bert"), tmp_path_factory.mktemp("parity")
+    student = load_student(folder, auto_class="AutoModelForSequenceClassification")
+    graph = export_float(student, "text-classification", out / "float.onnx")
+    return folder, lower(graph, out / "int8.onnx", "int8_dynamic")
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+def test_a_sound_file_passes_and_its_layers_are_counted(files: tuple[Path, Path], text_data: Path) -> None:
+    done = invoke("parity", *files, "--data", text_data, "--count", 12)
+    assert done.exit_code == 0, done.output
+    assert "of 12 predictions agree (test)" in done.stdout
+    assert "20 weights and 0 activation scales compared\n" in done.stdout
+    assert "no tensor leaves tolerance (10 dB)" in done.stdout
+    told = json.loads(invoke("parity", *files, "--data", text_data, "--count", 12, "--json", "-q").stdout)
+    assert told["ok"] is True
+    assert set(told["metric"]) == {"name", "torch", "artifact"}
+    assert told["scales"]["mismatches"] == []
+    assert told["blame"]["first"] is None
+
+
+def test_a_changed_weight_fails_and_is_named(files: tuple[Path, Path], text_data: Path, tmp_path: Path) -> None:
+    graph = onnx.load(files[1])
+    [layer] = [layer for layer in quantized_layers(graph) if layer.module == KEY]
+    for tensor in graph.graph.initializer:
+        value = np.array(numpy_helper.to_array(tensor))
+        if np.array_equal(value, layer.integers.T):
+            value[0, 0] ^= 1
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    onnx.save(graph, tmp_path / "changed.onnx")
+    done = invoke("parity", files[0], tmp_path / "changed.onnx", "--data", text_data, "--count", 4)
+    assert done.exit_code == 1
+    assert f"1 differ: {KEY}: weight integers, 1 of 1024" in done.stdout
+
+
+def test_what_is_no_artifact_is_refused(files: tuple[Path, Path], text_data: Path) -> None:
+    done = invoke("parity", files[0], files[0], "--data", text_data)
+    assert done.exit_code == 2
+    assert "is neither an .onnx or .tflite file nor a bundle" in done.stderr
+    assert "give --data" in invoke("parity", *files).stderr
