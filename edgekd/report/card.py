@@ -158,6 +158,8 @@ def _usage(manifest: Mapping[str, Any]) -> list[str]:
     model = PIPELINES[task]
     length = artifact.get("fixed", {}).get("sequence")
     padded = f', padding="max_length", truncation=True, max_length={length}' if length else ""
+    if needs := artifact.get("needs"):
+        device.append(f"The file needs ONNX Runtime {needs['onnxruntime']}, in transformers.js too.")
     if "compressed" in artifact:
         device.append(f"`{artifact['compressed']}` is the same file after gzip: unpack it to load it.")
     lines = [

@@ -20,6 +20,7 @@ MANIFEST = {
         "precision": "int8",
         "lowering": "int8_dynamic",
         "opset": 18,
+        "needs": {"opset": 18, "domains": [], "onnxruntime": ">=1.22", "session_options": {}},
         "shape": "4 layers of 384",
         "parity": {
             "float": {"max_abs": 1e-6, "agreement": 1.0, "n": 200},
@@ -78,6 +79,7 @@ def manifest() -> dict:
 
 def test_the_card_has_metric_latency_kind_and_a_way_to_run_it(manifest):
     card = model_card(manifest)
+    assert "needs ONNX Runtime >=1.22" in card
     assert card.startswith("---\npipeline_tag: text-classification\n")
     assert "0.8800 (95 % interval 0.8300–0.9200)" in card
     assert (
