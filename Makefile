@@ -32,8 +32,8 @@ lint: $(STAMP) ## style, types and layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: lint ## lint and the fast tests
-	$(BIN)/python -m pytest
+test: lint ## lint and the fast tests, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: lint ## lint and every test, with coverage
 	$(BIN)/python -m pytest -m 'not device' --cov --cov-report=term
@@ -48,7 +48,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Those that make what they need; proxies, pruning_criteria and supernet want a teacher, see `python bench/NAME.py --help`.
+# Those that make what they need; lowering, proxies, ptq, pruning_criteria, supernet and weight_only want a teacher, see `python bench/NAME.py --help`.
 BENCH := budgets compress latency_prediction operators profile_overhead pruning training vendor_estimates verdict_simulation
 
 bench: $(STAMP) ## the comparisons the README's figures come from

@@ -223,7 +223,8 @@ def test_scratch_of_another_command_is_not_taken_up(make_model, text_data, tmp_p
 def test_search_leaves_a_plan_that_prune_follows(make_model, text_data, tmp_path):
     done = invoke(
         "search", make_model("bert"), "--data", text_data, "--speedup", 1.1, "--sequence", 16, "--threads", 1,
-        "--set", "checks=0", "--set", "samples=8", "--set", "neuron_step=16", "--out", tmp_path / "planned", "-q",
+        "--set", "checks=0", "--set", "samples=8", "--set", "finalists=0", "--set", "neuron_step=16",
+        "--out", tmp_path / "planned", "-q",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     plan = json.loads((tmp_path / "planned" / "config.json").read_text())["edgekd"]["plan"]
