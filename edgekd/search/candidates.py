@@ -19,6 +19,8 @@ SHALLOW = 0.6
 """Depths that use less than this share of the limit at full width are of no use."""
 FINEST = 4
 """Neurons are never cut in finer steps than these, unless the recipe says so."""
+EVEN = 32
+"""Neurons of shapes with equal layers are cut in steps of at most so many, unless the recipe says otherwise."""
 NEAR = 0.92
 """Shapes that use less of a limit than this are searched for again in finer steps."""
 
@@ -144,6 +146,12 @@ class Pool:
         neurons = max(steps.neurons // 2, finest) if self.settings.neuron_step is None else steps.neurons
         return Steps(heads, neurons)
 
+    def _even_steps(self) -> Steps:
+        """The steps of shapes with equal layers: fine ones, as coarse ones leave a narrow model hardly any choice."""
+        heads = 1 if self.settings.head_step is None else self.means.steps.heads
+        neurons = min(self.means.steps.neurons, EVEN) if self.settings.neuron_step is None else self.means.steps.neurons
+        return Steps(heads, neurons)
+
     def _near(self, shape: Arch, limit: float, space: Space, steps: Steps) -> Iterator[Arch]:
         name, means = variant_of(shape), self.means
         full = with_hidden(space.arch, shape.hidden)
@@ -153,11 +161,14 @@ class Pool:
         def predict(arch: Arch) -> float:
             return means.predict(vary(name, arch, means.lengths))
 
-        options = [
-            stepped(plain(shape), limit, predict, space, means.importance),
-            uniform_widths(full, kept, limit, predict, steps),
-            importance_widths(full, kept, limit, predict, steps, means.importance),
-        ]
+        even = uniform_widths(full, kept, limit, predict, self._even_steps())
+        options = [even]
+        # Before training, the proxy would always turn equal layers into unequal ones.
+        if even is None or not is_even(shape) or predict(even) < NEAR * limit:
+            options += [
+                stepped(plain(shape), limit, predict, space, means.importance),
+                importance_widths(full, kept, limit, predict, steps, means.importance),
+            ]
         yield from (vary(name, option, means.lengths) for option in options if option is not None)
 
     def _proposed(self, limit: float) -> Iterator[tuple[Arch, str]]:
@@ -203,7 +214,7 @@ class Pool:
         full = with_hidden(means.space.arch, hidden)
         for kept in chain:
             for shape in (
-                uniform_widths(full, kept, limit, predict, means.steps),
+                uniform_widths(full, kept, limit, predict, self._even_steps()),
                 importance_widths(full, kept, limit, predict, means.steps, means.importance),
             ):
                 if shape is not None:
