@@ -12,7 +12,7 @@ from edgekd.errors import RecipeError
 from edgekd.export.factors import fold_factors
 from edgekd.export.masks import barred, plain_masks
 from edgekd.export.names import kept_nodes
-from edgekd.export.static import drop_unused, infer_shapes, simplify
+from edgekd.export.static import drop_unused, infer_shapes, infer_types, simplify
 from edgekd.export.widths import overrides, wide_tensors
 
 Range = tuple[float, float]
@@ -189,7 +189,7 @@ def _spread(graph: Any, ranges: Mapping[str, Range], trained: Mapping[str, Range
 def _require(graph: Any, ranges: Mapping[str, Range]) -> None:
     from onnx import TensorProto
 
-    typed = infer_shapes(graph).graph
+    typed = infer_types(graph)
     kinds = {value.name: value.type.tensor_type.elem_type for value in (*typed.value_info, *typed.output)}
     floats = [name for node in typed.node for name in node.output if kinds.get(name) == TensorProto.FLOAT]
     if missing := [name for name in floats if name not in ranges]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.export.rewrite import add_tensors, attribute
-from edgekd.export.static import drop_unused, infer_shapes
+from edgekd.export.static import drop_unused, infer_types
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +27,7 @@ class Sizes:
     def __init__(self, graph: Any) -> None:
         from onnx import numpy_helper
 
-        typed = infer_shapes(graph).graph
+        typed = infer_types(graph)
         self.shapes = {v.name: _shape(v) for v in (*typed.value_info, *typed.input, *typed.output)}
         self.shapes |= {t.name: tuple(t.dims) for t in graph.graph.initializer}
         self.makers = {name: node for node in graph.graph.node for name in node.output}

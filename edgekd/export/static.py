@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from edgekd.latency.feeds import BATCH_NAMES, SEQUENCE_NAMES, TOKEN_INPUTS
 
 # Fuses MatMul and Add into Gemm between two Reshapes, which only some compilers like.
 GEMM_FUSION = "MatMulAddFusion"
+LARGEST_VALUE = 1024
+"""Tensors with more numbers than this are weights: no shape follows from their values."""
 
 
 def fix_shapes(
@@ -69,7 +72,8 @@ def simplify(graph: Any, *, opset: int | None = None, disabled: Sequence[str] = 
     import onnxruntime as ort
 
     if opset is not None and _opset(graph) < opset:
-        graph = onnx.version_converter.convert_version(graph, opset)
+        light, heavy = _without_weights(graph)
+        graph = _with_weights(onnx.version_converter.convert_version(light, opset), heavy)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 4
@@ -89,7 +93,55 @@ def infer_shapes(graph: Any) -> Any:
     """A copy of the graph with the shape and type of every value that can be told."""
     import onnx
 
-    return onnx.shape_inference.infer_shapes(graph, data_prop=True)
+    inferred = onnx.ModelProto()
+    inferred.CopyFrom(graph)
+    del inferred.graph.value_info[:], inferred.graph.output[:]
+    typed = infer_types(graph)
+    inferred.graph.value_info.extend(typed.value_info)
+    inferred.graph.output.extend(typed.output)
+    return inferred
+
+
+def infer_types(graph: Any) -> Any:
+    """The GraphProto with the shape and type of every value that can be told; its large weights are inputs."""
+    import onnx
+
+    return onnx.shape_inference.infer_shapes(_without_weights(graph)[0], data_prop=True).graph
+
+
+def _without_weights(graph: Any) -> tuple[Any, list[Any]]:
+    """A copy with large tensors as inputs, and these tensors: onnx writes and reads all it is given."""
+    import onnx
+    from onnx import helper
+
+    light = onnx.ModelProto()
+    for name in ("ir_version", "producer_name", "domain"):
+        setattr(light, name, getattr(graph, name))
+    light.opset_import.extend(graph.opset_import)
+    light.functions.extend(graph.functions)
+    own = graph.graph
+    for name in ("node", "input", "output", "value_info", "sparse_initializer", "quantization_annotation"):
+        getattr(light.graph, name).extend(getattr(own, name))
+    light.graph.name = own.name
+    heavy = [tensor for tensor in own.initializer if math.prod(tensor.dims) > LARGEST_VALUE]
+    named, inputs = {tensor.name for tensor in heavy}, {value.name for value in own.input}
+    light.graph.initializer.extend(tensor for tensor in own.initializer if tensor.name not in named)
+    light.graph.input.extend(
+        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in heavy
+        if tensor.name not in inputs
+    )
+    return light, heavy
+
+
+def _with_weights(light: Any, heavy: Sequence[Any]) -> Any:
+    """The graph with its large tensors as they were."""
+    named = {tensor.name for tensor in heavy}
+    inputs = [value for value in light.graph.input if value.name not in named]
+    del light.graph.input[:]
+    light.graph.input.extend(inputs)
+    light.graph.initializer.extend(heavy)
+    return light
 
 
 def drop_unused(graph: Any) -> Any:
@@ -101,10 +153,12 @@ def drop_unused(graph: Any) -> Any:
             kept.append(node)
             inner = [item.g for item in node.attribute if item.HasField("g")]
             needed |= {*node.input, *(name for part in inner for step in part.node for name in step.input)}
-    tensors = [tensor for tensor in graph.graph.initializer if tensor.name in needed]
-    del graph.graph.node[:], graph.graph.initializer[:]
+    del graph.graph.node[:]
     graph.graph.node.extend(kept[::-1])
-    graph.graph.initializer.extend(tensors)
+    tensors = graph.graph.initializer
+    for i in reversed(range(len(tensors))):  # copying those that stay would take far longer
+        if tensors[i].name not in needed:
+            del tensors[i]
     return graph
 
 

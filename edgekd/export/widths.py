@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from edgekd.export.names import kept_nodes
-from edgekd.export.static import infer_shapes
+from edgekd.export.static import infer_types
 
 CARRIED = ("Reshape", "Transpose", "Add", "LayerNormalization")
 """Operators that compute in 16 bits what they read in 16 bits: a sum rounded to 8 would lose what was kept."""
@@ -39,7 +39,7 @@ def overrides(graph: Any, wide: Collection[str]) -> dict[str, dict[str, Any]]:
     from onnx import TensorProto
     from onnxruntime.quantization import QuantType
 
-    typed = infer_shapes(graph).graph
+    typed = infer_types(graph)
     kinds = {value.name: value.type.tensor_type.elem_type for value in (*typed.value_info, *typed.output)}
     floats = {name for name, kind in kinds.items() if kind == TensorProto.FLOAT}
     readers: dict[str, set[str]] = defaultdict(set)
