@@ -3,7 +3,8 @@
     latency = ( base + Σ over layers [ fixed + attention(heads) + inner(neurons) ] ) · correction
 
 `attention` and `inner` are monotone and piecewise linear, so nothing gets cheaper by growing. All parts are fitted to
-whole measured models: chains of equal layers of different lengths give the marginal cost of a layer. Where layers of
+whole measured models: chains of equal layers of different lengths give the marginal cost of a layer. Where the last
+layer computes for one token alone, it takes a share of these costs only. Where layers of
 different depth differ in cost (convolutional stages), the fixed and inner parts are fitted per source layer. The
 correction is fitted to what is left over on models with mixed layers (see `edgekd.latency.correction`).
 """
@@ -23,6 +24,8 @@ from edgekd.errors import ModelError
 
 Floats = npt.NDArray[np.float64]
 ANY_SOURCE = -1
+Shares = tuple[float, float, float]
+WHOLE: Shares = (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +66,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Architectures as arrays [P, L], padded with zeros: `heads`, `neurons`, `source`, and `there` (a real layer)."""
+    """Architectures as arrays [P, L], padded with zeros: `heads`, `neurons`, `source`, `there` (real ones), `last`."""
 
     heads: Floats
     neurons: Floats
     source: npt.NDArray[np.int64]
     there: npt.NDArray[np.bool_]
+    last: npt.NDArray[np.bool_]
 
     @classmethod
     def of(cls, archs: Sequence[Arch]) -> Shapes:
@@ -76,11 +80,13 @@ class Shapes:
         size = (len(archs), max((len(arch.layers) for arch in archs), default=0))
         heads, neurons = np.zeros(size), np.zeros(size)
         source, there = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.bool_)
+        last = np.zeros(size, dtype=np.bool_)
         for row, arch in enumerate(archs):
             for column, layer in enumerate(arch.layers):
                 heads[row, column], neurons[row, column] = layer.heads, layer.neurons
                 source[row, column], there[row, column] = layer.source, True
-        return cls(heads, neurons, source, there)
+            last[row, len(arch.layers) - 1] = True
+        return cls(heads, neurons, source, there, last)
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,8 @@ class Cell:
     """Costs in milliseconds. `layer_ms` and `neurons` are keyed by source layer, or by -1 for all layers alike.
 
     `error` holds relative errors of points that took no part in the fit of what predicts them: `median`, `p90`,
-    `max`, and `n`. `deepest` is the largest depth seen.
+    `max`, and `n`. `deepest` is the largest depth seen. `last` are the shares of a layer's fixed, attention and inner
+    cost that the last one takes.
     """
 
     frame: Frame
@@ -143,6 +150,7 @@ class Cell:
     deepest: int = 0
     correction: Correction = field(default_factory=Correction)
     error: Mapping[str, float] = field(default_factory=dict)
+    last: Shares = WHOLE
 
     def parts(self, shapes: Shapes) -> Parts:
         """Uncorrected costs of a population.
@@ -161,6 +169,10 @@ class Cell:
             strange = sorted(set(shapes.source[shapes.there & ~known].tolist()))
             raise ModelError(f"the latency table knows no layer made from the teacher's layers {strange}")
         heads = np.where(shapes.there, self.heads.at(shapes.heads), 0.0)
+        fixed, heads, inner = (
+            np.where(shapes.last, share * cost, cost)
+            for share, cost in zip(self.last, (fixed, heads, inner), strict=True)
+        )
         count = len(shapes.heads)
         return Parts(
             np.full(count, self.base_ms), fixed.sum(1), heads.sum(1), inner.sum(1), shapes.there.sum(1).astype(float)
@@ -204,6 +216,7 @@ class Cell:
                 "heads": _curve(data["heads"]),
                 "neurons": {int(key): _curve(curve) for key, curve in data["neurons"].items()},
                 "correction": _correction(data["correction"]),
+                "last": _shares(data.get("last", WHOLE)),
             }
         )
 
@@ -218,6 +231,11 @@ class Cell:
 def _correction(data: Mapping[str, Any]) -> Correction:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     return Correction(**values)
+
+
+def _shares(data: Sequence[float]) -> Shares:
+    fixed, heads, inner = map(float, data)
+    return fixed, heads, inner
 
 
 def _curve(data: Mapping[str, Any]) -> Curve:

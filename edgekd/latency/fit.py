@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,12 +10,15 @@ import numpy as np
 
 from edgekd.arch import Arch
 from edgekd.errors import ModelError
-from edgekd.latency.cell import ANY_SOURCE, Cell, Correction, Curve, Floats, Frame, Shapes
+from edgekd.latency.cell import ANY_SOURCE, WHOLE, Cell, Correction, Curve, Floats, Frame, Shapes, Shares
 
 FOLDS = 8
 # Most knots of a curve, and the weight of "neighbouring slopes are alike". The first suits noisy points, the second
 # devices fast at certain widths only; the one that predicts points left out better is taken.
 DETAILS = ((8, 1e-3), (16, 1e-2))
+# What the last layer may take of a layer's costs: all, or what is left where it computes for one token alone, which
+# are keys and values of all tokens and little besides.
+LASTS: tuple[Shares, ...] = (WHOLE, (0.5, 0.5, 0.05))
 # Ridge strengths tried for the correction, and how much better than none it must be on points left out.
 RIDGES = (3.0, 0.3, 0.03)
 EARNS = 0.97
@@ -37,24 +41,23 @@ def fit(archs: Sequence[Arch], ms: Sequence[float], frame: Frame, *, by_source: 
         raise ModelError("a latency table takes latencies over 0 ms")
     best: Cell | None = None
     least = np.inf
-    for detail in DETAILS:
-        residual, features = _left_out(archs, truth, frame, by_source, detail)
+    for detail, last in itertools.product(DETAILS, LASTS[:1] if by_source else LASTS):
+        form = _Form(by_source, *detail, last)
+        residual, features = _left_out(archs, truth, frame, form)
         correction, left_over = _correction(features, residual)
         score = float(np.sqrt(np.mean(left_over**2)))
         if score < least:
             errors = np.abs(np.expm1(-left_over))
             median, p90, worst = np.quantile(errors, (0.5, 0.9, 1.0)).tolist()
             error = {"median": median, "p90": p90, "max": worst, "n": len(errors)}
-            whole = _additive(archs, truth, frame, by_source, detail)
+            whole = _additive(archs, truth, frame, form)
             best, least = replace(whole, correction=correction, error=error), score
     if best is None:
         raise ModelError(f"no costs can be fitted to the points of {frame.describe()}: they are not numbers")
     return best
 
 
-def _left_out(
-    archs: Sequence[Arch], ms: Floats, frame: Frame, by_source: bool, detail: tuple[int, float]
-) -> tuple[Floats, Floats]:
+def _left_out(archs: Sequence[Arch], ms: Floats, frame: Frame, form: _Form) -> tuple[Floats, Floats]:
     """Logarithms of truth over prediction [P] from the other folds, and what the correction looks at [P, 4]."""
     count = len(archs)
     order = np.random.default_rng(0).permutation(count)
@@ -62,7 +65,7 @@ def _left_out(
     for fold in range(min(FOLDS, count)):
         left = order[np.arange(count) % min(FOLDS, count) == fold]
         rest = np.setdiff1d(order, left)
-        cell = _additive([archs[i] for i in rest], ms[rest], frame, by_source, detail)
+        cell = _additive([archs[i] for i in rest], ms[rest], frame, form)
         for i in left:
             parts = cell.parts(Shapes.of([archs[i]]))
             residual[i], features[i] = np.log(ms[i] / parts.total[0]), parts.features()[0]
@@ -95,13 +98,22 @@ def _ridge(features: Floats, residual: Floats, strength: float) -> Correction:
     )
 
 
-def _additive(archs: Sequence[Arch], ms: Floats, frame: Frame, by_source: bool, detail: tuple[int, float]) -> Cell:
-    knots, smoothness = detail
-    basis = _Basis.of(archs, by_source=by_source, knots=knots)
+def _additive(archs: Sequence[Arch], ms: Floats, frame: Frame, form: _Form) -> Cell:
+    basis = _Basis.of(archs, form)
     rows = np.stack([basis.row(arch) for arch in archs])
     return replace(
-        basis.cell(_solve(rows, ms, basis, smoothness), frame), deepest=max(len(arch.layers) for arch in archs)
+        basis.cell(_solve(rows, ms, basis, form.smoothness), frame), deepest=max(len(arch.layers) for arch in archs)
     )
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is assumed of the costs: alike for all layers or not, how detailed, and how much the last layer takes."""
+
+    by_source: bool
+    knots: int
+    smoothness: float
+    last: Shares
 
 
 @dataclass(frozen=True)
@@ -111,25 +123,27 @@ class _Basis:
     sources: tuple[int, ...]
     head_knots: tuple[float, ...]
     neuron_knots: tuple[tuple[float, ...], ...]
+    last: Shares
 
     @classmethod
-    def of(cls, archs: Sequence[Arch], *, by_source: bool, knots: int) -> _Basis:
+    def of(cls, archs: Sequence[Arch], form: _Form) -> _Basis:
         layers = [layer for arch in archs for layer in arch.layers]
-        sources = tuple(sorted({layer.source for layer in layers})) if by_source else (ANY_SOURCE,)
+        sources = tuple(sorted({layer.source for layer in layers})) if form.by_source else (ANY_SOURCE,)
         widths = [[layer.neurons for layer in layers if source in (ANY_SOURCE, layer.source)] for source in sources]
-        heads = _knots([layer.heads for layer in layers], knots)
-        return cls(sources, heads, tuple(_knots(width, knots) for width in widths))
+        heads = _knots([layer.heads for layer in layers], form.knots)
+        return cls(sources, heads, tuple(_knots(width, form.knots) for width in widths), form.last)
 
     def row(self, arch: Arch) -> Floats:
         """What one architecture has of each column."""
         fixed = np.zeros(len(self.sources))
         heads = np.zeros(len(self.head_knots) - 1)
         neurons = [np.zeros(len(knots) - 1) for knots in self.neuron_knots]
-        for layer in arch.layers:
+        for position, layer in enumerate(arch.layers, start=1):
+            shares = self.last if position == len(arch.layers) else WHOLE
             place = 0 if self.sources == (ANY_SOURCE,) else self.sources.index(layer.source)
-            fixed[place] += 1
-            heads += _filled(layer.heads, self.head_knots)
-            neurons[place] += _filled(layer.neurons, self.neuron_knots[place])
+            fixed[place] += shares[0]
+            heads += shares[1] * _filled(layer.heads, self.head_knots)
+            neurons[place] += shares[2] * _filled(layer.neurons, self.neuron_knots[place])
         return np.concatenate([[1.0], fixed, heads, *neurons])
 
     def curves(self) -> list[tuple[int, tuple[float, ...]]]:
@@ -153,6 +167,7 @@ class _Basis:
             layer_ms=dict(zip(self.sources, fixed, strict=True)),
             heads=heads,
             neurons=dict(zip(self.sources, neurons, strict=True)),
+            last=self.last,
         )
 
 

@@ -55,6 +55,18 @@ def test_additive_costs_are_recovered() -> None:
     assert cell.error["n"] == 60
 
 
+def test_a_last_layer_that_computes_for_one_token_is_told_apart() -> None:
+    def cost(model: Arch) -> float:
+        *rest, last = [0.2 + 0.05 * layer.heads + 0.004 * layer.neurons for layer in model.layers]
+        return 1.0 + sum(rest) + 0.5 * last - 0.45 * 0.004 * model.layers[-1].neurons
+
+    cell, others = fitted(random_archs(60), cost), random_archs(40, seed=1)
+    assert cell.last == (0.5, 0.5, 0.05)
+    assert cell.predict(Shapes.of(others)) == pytest.approx([cost(model) for model in others], rel=0.01)
+    assert Cell.from_dict(cell.to_dict()) == cell
+    assert fitted(random_archs(60)).last == (1.0, 1.0, 1.0)
+
+
 def test_a_population_gets_what_each_gets_alone() -> None:
     cell, others = fitted(random_archs(60)), random_archs(20, seed=1)
     assert cell.predict(Shapes.of(others)).tolist() == pytest.approx([ask(cell, model) for model in others], abs=1e-12)
