@@ -37,7 +37,7 @@ COMMANDS = {
 
 EXIT_CODES = """\b
 Exit codes: 0 success, 1 bug, 2 usage or configuration, 3 budget missed,
-4 accuracy floor missed, 5 inconclusive verdict."""
+4 accuracy floor (or parity) missed, 5 inconclusive verdict."""
 
 
 class LazyGroup(click.Group):

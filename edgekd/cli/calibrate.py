@@ -95,8 +95,8 @@ def command(
 
 
 def _usual(forms: tuple[str, ...]) -> tuple[str, ...]:
-    """The float and the integer form that would ship: the fused ones on a CPU, else the first."""
-    usual = tuple(name for name in ("fp32_fused", "int8_dynamic_fused") if name in forms)
+    """The float and the integer form that would ship: the lean ones on a CPU, else the first."""
+    usual = tuple(name for name in ("fp32_lean", "int8_dynamic_lean") if name in forms)
     return usual or forms[:1]
 
 

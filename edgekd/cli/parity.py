@@ -22,7 +22,7 @@ def command(
     """Compare ARTIFACT (an ONNX or TFLite file, or a bundle) with the STUDENT folder it was made from.
 
     In: a model folder, an artifact, data. Out: agreement of predictions and metrics; for ONNX also whether weights and
-    scales are those of training, and which layer first loses precision. Exit code 1 if weights or scales differ, or if
+    scales are those of training, and which layer first loses precision. Exit code 4 if weights or scales differ, or if
     too few predictions agree.
 
     \b
@@ -40,7 +40,7 @@ def command(
     result = parity(student, artifact, DataSpec(**section), max_length=max_length, count=count)
     finish(result, as_json=as_json, text=lambda: _print(result))
     if not result["ok"]:
-        raise SystemExit(1)
+        raise SystemExit(4)
 
 
 def _print(result: dict[str, Any]) -> None:

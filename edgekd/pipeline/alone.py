@@ -35,7 +35,7 @@ class Alone:
     data: DataSpec
     target: Target
     budget: Budget
-    lowering: str = "fp32_fused"
+    lowering: str = "fp32_lean"
     max_length: int | None = None
     seed: int = 0
     operators: Operators | None = None

@@ -132,7 +132,7 @@ def write(student: Student, task: Task, graph: Path | None, form: str, folder: P
 
 def float_forms(target: Target) -> tuple[str, ...]:
     """The forms in which a student without quantization may ship, preferred first; plain fp32 first on a CPU."""
-    forms = tuple(form for form in target.forms if form in ("fp32", "fp32_fused", "fp16"))
+    forms = tuple(form for form in target.forms if form in ("fp32", "fp32_fused", "fp32_lean", "fp16"))
     return tuple(reversed(forms)) if target.device == "cpu" else forms
 
 

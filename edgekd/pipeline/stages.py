@@ -150,7 +150,8 @@ def expected_lowering(stages: Mapping[str, Stage], target: Target) -> str:
     quantize = stages.get("quantize")
     if isinstance(quantize, Quantize):
         return quantize.expected_on(target)
-    return "fp32_fused" if "fp32_fused" in target.forms else next(iter(float_forms(target)), target.forms[0])
+    floats = float_forms(target)
+    return "fp32_lean" if "fp32_lean" in floats else next(iter(floats), target.forms[0])
 
 
 def _run_stage(track: Track, step: _Step, student: Student) -> StageFolder:

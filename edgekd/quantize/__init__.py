@@ -142,9 +142,14 @@ class Quantize:
             yield "tune and rounding: adaptive both choose how weights are rounded; leave one out"
 
     @property
+    def learns_few_bits(self) -> bool:
+        """Whether weights are trained for fewer than 8 bits: then no layer is taken back to float afterwards."""
+        return self.epochs > 0 and self.weight_bits < 8
+
+    @property
     def expected(self) -> str:
         """The form to expect on a CPU while nothing is measured yet: what search predicts the latency of."""
-        return "int8_dynamic_fused" if self.lowering in ("auto", "int8") else self.lowering
+        return "int8_dynamic_lean" if self.lowering in ("auto", "int8") else self.lowering
 
     def expected_on(self, target: Target) -> str:
         """The same on any target: the usual one on a CPU, else the first that the target names."""

@@ -68,7 +68,7 @@ def quantize(settings: Quantize, student: Student, ctx: Context) -> Student:
         wanted = _without_other_bits(wanted, sources)
     built = _built(wanted, sources, reference)
     measurable = _not_measured(ctx) is None
-    if settings.fallback:
+    if settings.fallback and not settings.learns_few_bits:
         built = _rescued(built, sources, reference, measurable)
     return _best(_whole(built, ctx), sources, measurable)
 

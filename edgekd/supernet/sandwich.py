@@ -82,7 +82,7 @@ def train_supernet(settings: Supernet, student: Student, ctx: Context) -> Studen
         if freezes_embeddings(settings, ctx):
             changes.enter_context(frozen([student.family.embeddings(student.model)]))
         job = Job(
-            modules=nn.ModuleDict({"student": student.model, "projectors": wiring.projectors.to(processes.device)}),
+            modules=nn.ModuleDict({"student": student.model, **wiring.trained()}).to(processes.device),
             plan=lambda epoch: batches(ctx.train, settings.batch_size, seed=ctx.seed, epoch=epoch, shuffle=True),
             collate=lambda indices: without_labels(ctx.train.collate(indices)),
             loss=sandwich,

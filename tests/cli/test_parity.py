@@ -57,7 +57,7 @@ def test_a_changed_weight_fails_and_is_named(files: tuple[Path, Path], text_data
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     onnx.save(graph, tmp_path / "changed.onnx")
     done = invoke("parity", files[0], tmp_path / "changed.onnx", "--data", text_data, "--count", 4)
-    assert done.exit_code == 1
+    assert done.exit_code == 4
     assert f"1 differ: {KEY}: weight integers, 1 of 1024" in done.stdout
 
 
