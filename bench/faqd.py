@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 import time
 from dataclasses import replace
 from itertools import product
@@ -29,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import head, mean_and_deviation, require_own_work, write
+from common import surroundings as of_machine
 
-RESULTS = Path(__file__).parent / "results"
 ARMS: dict[str, dict[str, Any] | None] = {
     "untrained": None,
     "labels": {"mse": 1.0, "cross_entropy": 0.3},
@@ -59,8 +58,8 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=0, help="training examples of the quantized training; 0: all")
     parser.add_argument("--name", default="faqd")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    require_own_work(options)
+    keys = ("data", "epochs", "teacher_epochs", "batch_size", "limit")
+    require_own_work(options.work, {key: getattr(options, key) for key in keys})
     rows = []
     for model in options.model:
         teacher = make_teacher(options, model)
@@ -68,15 +67,6 @@ def main() -> int:
             rows.append(one(options, teacher, model, bits, arm, seed if ARMS[arm] else options.seeds[0]))
     report(options, rows)
     return 0
-
-
-def require_own_work(options: argparse.Namespace) -> None:
-    """Refuse a work folder of other data or settings: what is in it is taken as it is."""
-    file = options.work / "settings.json"
-    settings = {key: getattr(options, key) for key in ("data", "epochs", "teacher_epochs", "batch_size", "limit")}
-    if file.is_file() and json.loads(file.read_text()) != settings:
-        raise SystemExit(f"{options.work} was made with other settings: choose another --work")
-    file.write_text(json.dumps(settings))
 
 
 def make_teacher(options: argparse.Namespace, model: str) -> Path:
@@ -137,54 +127,31 @@ def one(options: argparse.Namespace, teacher: Path, model: str, bits: int, arm: 
 
 
 def surroundings(options: argparse.Namespace, teacher: Path, seed: int, work: Path) -> tuple[Any, Any]:
-    from edgekd.context import Budget, Context, Silent
-    from edgekd.data import DataSpec
-    from edgekd.pipeline.setup import prepare
+    from edgekd.context import Budget
     from edgekd.target import Target
 
-    setup = prepare(str(teacher), DataSpec(path=options.data, seed=0), progress=Silent())
-    work.mkdir(parents=True, exist_ok=True)
-    train = setup.train.take(np.arange(options.limit)) if options.limit else setup.train
-    context = Context(
-        teacher=setup.teacher,
-        task=setup.task,
-        processor=setup.processor,
-        train=train,
-        validation=setup.validation,
-        test=None,
-        target=Target(
-            name="cpu", title="cpu", runtime="onnxruntime", device="cpu", precisions=("int8", "fp32"),
-            fast_precisions=("int8", "fp32"), lowerings=(FORM, "fp32"),
-        ),
-        budget=Budget(),
-        work=work,
-        cache=options.work / "cache",
-        progress=Silent(),
-        seed=seed,
+    target = Target(
+        name="cpu", title="cpu", runtime="onnxruntime", device="cpu", precisions=("int8", "fp32"),
+        fast_precisions=("int8", "fp32"), lowerings=(FORM, "fp32"),
     )  # fmt: skip
+    setup, context = of_machine(
+        str(teacher), options.data, work, options.work / "cache", target=target, budget=Budget(), seed=seed
+    )
+    if options.limit:
+        context = replace(context, train=context.train.take(np.arange(options.limit)))
     return setup, context
 
 
 def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from edgekd.host import cpu_name, logical_cpus
-
     table = []
     for model, bits, arm in product(options.model, options.bits, options.arms):
         tests = [row["test"] for row in rows if (row["model"], row["bits"], row["arm"]) == (model, bits, arm)]
         teacher = next(row["teacher_test"] for row in rows if row["model"] == model)
-        spread = float(np.std(tests, ddof=1)) if len(tests) > 1 and ARMS[arm] else None
-        mean = float(np.mean(tests))
+        mean, spread = mean_and_deviation(tests if ARMS[arm] else tests[:1])
         table.append({"model": model, "bits": bits, "arm": arm, "test_mean": mean, "test_sd": spread,
                       "teacher": teacher, "drop_points": 100 * (teacher - mean)})  # fmt: skip
         print(f"{model:12} {bits} bits {arm:14} {mean:.4f} ± {spread or 0:.4f}  {100 * (mean - teacher):+.2f} points")
-    facts = {
-        "command": " ".join(["python bench/faqd.py", *(Path(word).name for word in sys.argv[1:])]),
-        "machine": {"cpu": cpu_name(), "cpus": len(logical_cpus()), "python": platform.python_version()},
-        "table": table,
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write(options.name, {**head(), "table": table, "rows": rows})
 
 
 if __name__ == "__main__":

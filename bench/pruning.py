@@ -21,16 +21,16 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import digits_teacher, fingerprint, head, mean_and_deviation, one_thread, require_own_work, write
+from common import surroundings as of_machine
 
-RESULTS = Path(__file__).parent / "results"
+FORMS = ("fp32", "fp32_fused", "fp32_lean")
 ARMS = ("edgekd", "every_other", "uniform", "magnitude")
 
 
@@ -47,10 +47,10 @@ def main() -> int:
     parser.add_argument("--phase", choices=("shapes", "train", "measure", "all"), default="all")
     parser.add_argument("--name", default="pruning")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     if options.teacher is None:
-        options.teacher = str(digits_teacher(options.work / "teacher", options.data))
-    require_own_work(options)
+        options.teacher = digits_teacher(options.work / "teacher", options.data)
+    own = {"teacher": fingerprint(options.teacher), "data": options.data, "epochs": options.epochs}
+    require_own_work(options.work, own)
     if options.phase in ("shapes", "all"):
         choose_shapes(options)
     if options.phase in ("train", "all"):
@@ -60,56 +60,17 @@ def main() -> int:
     return 0
 
 
-def require_own_work(options: argparse.Namespace) -> None:
-    """Refuse a work folder of another teacher, data or number of epochs: what is in it is taken as it is."""
-    from edgekd.files import sha256_folder
-
-    file = options.work / "settings.json"
-    settings = {"teacher": sha256_folder(Path(options.teacher)), "data": options.data, "epochs": options.epochs}
-    if file.is_file() and json.loads(file.read_text()) != settings:
-        raise SystemExit(f"{options.work} was made with other settings: choose another --work")
-    file.write_text(json.dumps(settings))
-
-
-def digits_teacher(folder: Path, data: str) -> Path:
-    from edgekd.context import Silent
-    from edgekd.data import DataSpec
-    from edgekd.distill.finetune import Finetune, finetune
-
-    if not (folder / "finetune.json").is_file():
-        settings = Finetune(epochs=18, batch_size=64)
-        finetune("scratch:vit", DataSpec(path=data), folder, settings=settings, seed=0, progress=Silent())
-    return folder
-
-
 def surroundings(options: argparse.Namespace, speedup: float | None, seed: int, work: Path) -> tuple[Any, Any]:
     """Setup and context of one student: fp32, batch 1, 64 tokens, one thread."""
-    from edgekd.context import Budget, Context, Silent
-    from edgekd.data import DataSpec
+    from edgekd.context import Budget
     from edgekd.operators import Operators
-    from edgekd.pipeline.setup import prepare
-    from edgekd.target import load_target, probe
 
-    setup = prepare(options.teacher, DataSpec(path=options.data, seed=0), progress=Silent())
-    work.mkdir(parents=True, exist_ok=True)
-    context = Context(
-        teacher=setup.teacher,
-        task=setup.task,
-        processor=setup.processor,
-        train=setup.train,
-        validation=setup.validation,
-        test=None,
-        target=probe(load_target("local")),
-        budget=Budget(speedup=speedup, batch=1, sequence=64, threads=1),
-        work=work,
-        cache=options.work / "cache",
-        progress=Silent(),
-        teacher_graph=teacher_graph(options, setup),
-        lowering="fp32_fused",
-        seed=seed,
+    setup, context = of_machine(
+        options.teacher, options.data, work, options.work / "cache",
+        budget=Budget(speedup=speedup, batch=1, sequence=64, threads=1), lowering="fp32_lean", seed=seed,
         reshape=Operators().reshape,
-    )
-    return setup, context
+    )  # fmt: skip
+    return setup, replace(context, teacher_graph=teacher_graph(options, setup))
 
 
 def teacher_graph(options: argparse.Namespace, setup: Any) -> Path:
@@ -121,6 +82,7 @@ def teacher_graph(options: argparse.Namespace, setup: Any) -> Path:
 
 def choose_shapes(options: argparse.Namespace) -> None:
     """One shape for each speedup and arm, into `shapes.json`."""
+    from edgekd.pipeline.stages import plain
     from edgekd.search import Search
     from edgekd.search.reference import find_reference
 
@@ -143,12 +105,6 @@ def choose_shapes(options: argparse.Namespace) -> None:
             shapes[f"{arm}-{speedup:g}"] = {"arch": arch and arch.to_dict()}
         print(speedup, planned.plan.describe(), f"{time.monotonic() - began:.0f} s", flush=True)
         file.write_text(json.dumps(shapes, indent=1))
-
-
-def plain(value: Any) -> Any:
-    from edgekd.pipeline.stages import plain as unwrap
-
-    return unwrap(value)
 
 
 def evenly(arch: Any, limit: float, predict: Any) -> Any:
@@ -188,15 +144,9 @@ def jobs_of(options: argparse.Namespace) -> list[tuple[str, float, int]]:
 def train_all(options: argparse.Namespace) -> None:
     """Train what is not trained yet, the largest first, in processes of one thread."""
     left = [job for job in jobs_of(options) if not (folder_of(options, job) / "facts.json").is_file()]
-    with multiprocessing.get_context("spawn").Pool(options.jobs, _quiet) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.jobs, one_thread) as pool:
         for job, seconds in pool.imap_unordered(_train, [(options, job) for job in left]):
             print("trained", *job, f"{seconds:.0f} s", flush=True)
-
-
-def _quiet() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def folder_of(options: argparse.Namespace, job: tuple[str, float, int]) -> Path:
@@ -208,6 +158,7 @@ def _train(task: tuple[argparse.Namespace, tuple[str, float, int]]) -> tuple[tup
     from edgekd.arch import Arch
     from edgekd.distill import Distill
     from edgekd.operators import Operators
+    from edgekd.pipeline.stages import plain
     from edgekd.prune import Prune
 
     options, job = task
@@ -251,7 +202,7 @@ def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         facts = json.loads((folder / "facts.json").read_text())
         student = load_student(folder / "student", auto_class=setup.task.auto_class)
-        forms = {form: folder / form / "model.onnx" for form in ("fp32", "fp32_fused")}
+        forms = {form: folder / form / "model.onnx" for form in FORMS}
         for form, file in forms.items():
             if not file.is_file():
                 build(student, setup.task, setup.validation, file.parent, lowering=form)
@@ -262,15 +213,15 @@ def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     groups: dict[tuple[str, float], list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault((row["arm"], row["speedup_asked"]), []).append(i)
-    # Latency does not depend on the weights: the first seed of each shape is timed, in both forms.
+    # Latency does not depend on the weights: the first seed of each shape is timed, in all forms.
     firsts = [members[0] for members in groups.values()]
-    files = [timing[i][form] for i in firsts for form in ("fp32", "fp32_fused")]
+    files = [timing[i][form] for form in FORMS for i in firsts]
     teacher, *samples = timed(
         [teacher_graph(options, setup), *files], context.target, context.budget, Settings(blocks=200, max_seconds=600)
     )
     for place, members in enumerate(groups.values()):
         seen = min(
-            (summarize(s, target="local", baseline=teacher) for s in samples[2 * place : 2 * place + 2]),
+            (summarize(s, target="local", baseline=teacher) for s in samples[place :: len(groups)]),
             key=lambda m: m.p50_ms or np.inf,
         )
         for i in members:
@@ -281,8 +232,6 @@ def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from edgekd.host import cpu_name, logical_cpus
-
     teacher = rows[0]["test"]
     table = []
     for arm in options.arms:
@@ -290,23 +239,14 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             own = [row for row in rows if row["arm"] == arm and row.get("speedup_asked") == speedup]
             if own:
                 tests = [row["test"] for row in own]
-                spread = float(np.std(tests, ddof=1)) if len(tests) > 1 else None
-                mean = float(np.mean(tests))
+                mean, spread = mean_and_deviation(tests)
                 table.append({
                     "arm": arm, "asked": speedup, "speedup": own[0]["speedup"], "test_mean": mean, "test_sd": spread,
                     "retained": mean / teacher, "seeds": len(own), "shape": own[0]["shape"],
                 })  # fmt: skip
                 print(f"{arm:12} {speedup:5g}x measured {own[0]['speedup']:.2f}x  test {mean:.4f} "
                       f"± {spread or 0:.4f}  retained {mean / teacher:.2%}  {own[0]['shape']}")  # fmt: skip
-    facts = {
-        "command": " ".join(["python bench/pruning.py", *(Path(word).name for word in sys.argv[1:])]),
-        "machine": {"cpu": cpu_name(), "cpus": len(logical_cpus()), "python": platform.python_version()},
-        "epochs": options.epochs,
-        "table": table,
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write(options.name, {**head(), "epochs": options.epochs, "table": table, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -27,16 +27,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import digits_teacher, fingerprint, head, mean_and_deviation, one_thread, require_own_work, write
+from common import surroundings as of_machine
 
-RESULTS = Path(__file__).parent / "results"
 PREDICTION = {"soft_cross_entropy": 1.0}
 HIDDEN, OUTPUT, MAP = {"raw_hidden_mse": 1.0}, {"attention_output_mse": 1.0}, {"attention_kl": 1.0}
 LOSSES: dict[str, dict[str, Any]] = {
@@ -94,38 +93,16 @@ def main() -> int:
     parser.add_argument("--phase", choices=("losses", "epochs", "final", "score", "all"), default="all")
     parser.add_argument("--name", default="qat")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     if options.teacher is None:
-        options.teacher = str(digits_teacher(options.work / "teacher", options.data))
-    require_own_work(options)
+        options.teacher = digits_teacher(options.work / "teacher", options.data, model="scratch:vit-small", epochs=12)
+    own = {"teacher": fingerprint(options.teacher), "data": options.data, "rate": options.learning_rate}
+    require_own_work(options.work, own)
     for phase in ("losses", "epochs", "final"):
         if options.phase in (phase, "all"):
             run(options, jobs_of(options, phase))
     if options.phase in ("score", "all"):
         report(options)
     return 0
-
-
-def require_own_work(options: argparse.Namespace) -> None:
-    """Refuse a work folder of another teacher or other settings: what is in it is taken as it is."""
-    from edgekd.files import sha256_folder
-
-    file = options.work / "settings.json"
-    settings = {"teacher": sha256_folder(Path(options.teacher)), "data": options.data, "rate": options.learning_rate}
-    if file.is_file() and json.loads(file.read_text()) != settings:
-        raise SystemExit(f"{options.work} was made with other settings: choose another --work")
-    file.write_text(json.dumps(settings))
-
-
-def digits_teacher(folder: Path, data: str) -> Path:
-    from edgekd.context import Silent
-    from edgekd.data import DataSpec
-    from edgekd.distill.finetune import Finetune, finetune
-
-    if not (folder / "finetune.json").is_file():
-        settings = Finetune(epochs=12, batch_size=64)
-        finetune("scratch:vit-small", DataSpec(path=data), folder, settings=settings, seed=0, progress=Silent())
-    return folder
 
 
 def jobs_of(options: argparse.Namespace, phase: str) -> list[Job]:
@@ -174,7 +151,7 @@ def facts_of(options: argparse.Namespace, job: Job) -> dict[str, Any]:
 def run(options: argparse.Namespace, jobs: list[Job]) -> None:
     """Do what is not done yet, in processes of one thread."""
     left = [job for job in dict.fromkeys(jobs) if not (options.work / job.name / "facts.json").is_file()]
-    with multiprocessing.get_context("spawn").Pool(options.jobs, _one_thread) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.jobs, one_thread) as pool:
         for job, facts in pool.imap_unordered(_train, [(options, job) for job in left]):
             print(
                 f"{job.name:60} validation {facts['validation']:.4f} (untrained {facts['untrained']:.4f}, "
@@ -183,39 +160,18 @@ def run(options: argparse.Namespace, jobs: list[Job]) -> None:
             )
 
 
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def surroundings(options: argparse.Namespace, seed: int, work: Path) -> tuple[Any, Any]:
-    from edgekd.context import Budget, Context, Silent
-    from edgekd.data import DataSpec
-    from edgekd.pipeline.setup import prepare
+    from edgekd.context import Budget
     from edgekd.target import Target
 
-    setup = prepare(options.teacher, DataSpec(path=options.data, seed=0), progress=Silent())
-    work.mkdir(parents=True, exist_ok=True)
     forms = tuple(dict.fromkeys(settings["lowering"] for settings in SCHEMES.values()))
-    context = Context(
-        teacher=setup.teacher,
-        task=setup.task,
-        processor=setup.processor,
-        train=setup.train,
-        validation=setup.validation,
-        test=None,
-        target=Target(
-            name="cpu", title="cpu", runtime="onnxruntime", device="cpu", precisions=("int8", "int4", "fp32"),
-            fast_precisions=("int8", "fp32"), lowerings=(*forms, "fp32"),
-        ),
-        budget=Budget(),
-        work=work,
-        cache=options.work / "cache",
-        progress=Silent(),
-        seed=seed,
+    target = Target(
+        name="cpu", title="cpu", runtime="onnxruntime", device="cpu", precisions=("int8", "int4", "fp32"),
+        fast_precisions=("int8", "fp32"), lowerings=(*forms, "fp32"),
     )  # fmt: skip
-    return setup, context
+    return of_machine(
+        options.teacher, options.data, work, options.work / "cache", target=target, budget=Budget(), seed=seed
+    )  # fmt: skip
 
 
 def settings_of(options: argparse.Namespace, job: Job) -> Any:
@@ -263,8 +219,6 @@ def _train(task: tuple[argparse.Namespace, Job]) -> tuple[Job, dict[str, Any]]:
 
 def report(options: argparse.Namespace) -> None:
     """Make the files, score them on the test split, and write all that was seen."""
-    from edgekd.host import cpu_name, logical_cpus
-
     setup, context = surroundings(options, options.seeds[0], options.work / "score")
     base = teacher_score(options, setup)
     rows = [scored(options, job, setup, context) for job in jobs_of(options, "final")]
@@ -273,8 +227,7 @@ def report(options: argparse.Namespace) -> None:
         for trained in (False, True):
             own = [row for row in rows if row["scheme"] == scheme and bool(row["epochs"]) is trained]
             tests = [row["test"] for row in own]
-            spread = float(np.std(tests, ddof=1)) if len(tests) > 1 else None
-            mean = float(np.mean(tests))
+            mean, spread = mean_and_deviation(tests)
             table.append({
                 "scheme": scheme, "trained": trained, "losses": own[0]["losses"] if trained else None,
                 "epochs": own[0]["epochs"], "test_mean": mean, "test_sd": spread, "seeds": len(own),
@@ -284,16 +237,14 @@ def report(options: argparse.Namespace) -> None:
             print(f"{scheme:20} {'trained' if trained else 'after training':15} test {mean:.4f} ± {spread or 0:.4f}  "
                   f"{100 * (mean - base['value']):+.2f} points  {own[0]['size_mb']:.1f} MB")  # fmt: skip
     facts = {
-        "command": " ".join(["python bench/qat.py", *(Path(word).name for word in sys.argv[1:])]),
-        "machine": {"cpu": cpu_name(), "cpus": len(logical_cpus()), "python": platform.python_version()},
+        **head(),
         "teacher": {"test": base["value"], "n": base["n"]},
         "table": table,
         "losses": swept(options, "losses"),
         "epochs": swept(options, "epochs"),
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write(options.name, facts)
 
 
 def swept(options: argparse.Namespace, phase: str) -> list[dict[str, Any]]:

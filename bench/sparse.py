@@ -22,16 +22,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import RESULTS, digits_teacher, fingerprint, head, mean_and_deviation, one_thread, require_own_work, write
+from common import surroundings as of_machine
 
-RESULTS = Path(__file__).parent / "results"
 PATTERNS = ("unstructured-50", "unstructured-75", "unstructured-90", "2:4", "4x1-75", "2:4-int8")
 LOSSES: dict[str, dict[str, Any]] = {
     "squarehead": {},
@@ -57,61 +56,25 @@ def main() -> int:
     parser.add_argument("--phase", choices=("train", "measure", "targets", "all"), default="all")
     parser.add_argument("--name", default="sparse")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     if options.teacher is None:
-        options.teacher = str(digits_teacher(options.work / "teacher", options.data))
-    require_own_work(options)
+        options.teacher = digits_teacher(options.work / "teacher", options.data)
+    own = {"data": options.data, "epochs": options.epochs, "settings": options.settings}
+    require_own_work(options.work, {"teacher": fingerprint(options.teacher), **own})
     if options.phase in ("train", "all"):
         train_all(options)
     if options.phase in ("measure", "all"):
-        write(options, "rows", measure_all(options))
+        put(options, "rows", measure_all(options))
     if options.phase in ("targets", "all"):
-        write(options, "guard", ask_guards(options))
+        put(options, "guard", ask_guards(options))
     return 0
-
-
-def require_own_work(options: argparse.Namespace) -> None:
-    """Refuse a work folder of another teacher, data or settings: what is in it is taken as it is."""
-    from edgekd.files import sha256_folder
-
-    file = options.work / "settings.json"
-    settings = {
-        "teacher": sha256_folder(Path(options.teacher)), "data": options.data, "epochs": options.epochs,
-        "settings": options.settings,
-    }  # fmt: skip
-    if file.is_file() and json.loads(file.read_text()) != settings:
-        raise SystemExit(f"{options.work} was made with other settings: choose another --work")
-    file.write_text(json.dumps(settings))
-
-
-def digits_teacher(folder: Path, data: str) -> Path:
-    from edgekd.context import Silent
-    from edgekd.data import DataSpec
-    from edgekd.distill.finetune import Finetune, finetune
-
-    if not (folder / "finetune.json").is_file():
-        settings = Finetune(epochs=18, batch_size=64)
-        finetune("scratch:vit", DataSpec(path=data), folder, settings=settings, seed=0, progress=Silent())
-    return folder
 
 
 def surroundings(options: argparse.Namespace, seed: int, work: Path, target: str = "local") -> tuple[Any, Any]:
     """Setup and context of one student: batch 1, 64 tokens, one thread."""
-    from edgekd.context import Budget, Context, Silent
-    from edgekd.data import DataSpec
-    from edgekd.pipeline.setup import fitted, prepare
     from edgekd.target import load_target, probe
 
-    place, budget = probe(load_target(target)), Budget(batch=1, sequence=64, threads=1)
-    setup = prepare(options.teacher, DataSpec(path=options.data, seed=0), progress=Silent())
-    setup = fitted(setup, place, budget)
-    work.mkdir(parents=True, exist_ok=True)
-    context = Context(
-        teacher=setup.teacher, task=setup.task, processor=setup.processor, train=setup.train, test=None,
-        validation=setup.validation, target=place, budget=budget, work=work, cache=options.work / "cache",
-        progress=Silent(), seed=seed,
-    )  # fmt: skip
-    return setup, context
+    cache = options.work / "cache"
+    return of_machine(options.teacher, options.data, work, cache, target=probe(load_target(target)), seed=seed)
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
@@ -137,15 +100,9 @@ def stage_of(options: argparse.Namespace, job: Job) -> Any:
 def train_all(options: argparse.Namespace) -> None:
     """Train what is not trained yet, in processes of one thread."""
     left = [job for job in jobs_of(options) if not (folder_of(options, job) / "facts.json").is_file()]
-    with multiprocessing.get_context("spawn").Pool(options.jobs, _quiet) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.jobs, one_thread) as pool:
         for job, seconds in pool.imap_unordered(_train, [(options, job) for job in left]):
             print("trained", *job, f"{seconds:.0f} s", flush=True)
-
-
-def _quiet() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _train(task: tuple[argparse.Namespace, Job]) -> tuple[Job, float]:
@@ -248,11 +205,11 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = [row for row in rows[1:] if (row["pattern"], row["losses"]) == (pattern, losses)]
         entry: dict[str, Any] = {"pattern": pattern, "losses": losses, "seeds": len(own), "zeros": own[0]["sparsity"]}
         for form in FORMS:
-            tests = [row[form]["test"] for row in own]
+            mean, spread = mean_and_deviation([row[form]["test"] for row in own])
             entry[form] = {
-                "test_mean": float(np.mean(tests)),
-                "test_sd": float(np.std(tests, ddof=1)) if len(tests) > 1 else None,
-                "points": 100 * (float(np.mean(tests)) - dense["fp32"]["test"]),
+                "test_mean": mean,
+                "test_sd": spread,
+                "points": 100 * (mean - dense["fp32"]["test"]),
                 "times_smaller": dense["fp32"]["bytes"] / float(np.mean([row[form]["deflate_bytes"] for row in own])),
             }
         table.append(entry)
@@ -262,22 +219,14 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def write(options: argparse.Namespace, key: str, found: list[dict[str, Any]]) -> None:
+def put(options: argparse.Namespace, key: str, found: list[dict[str, Any]]) -> None:
     """Put what was found into the results, beside what other phases found."""
-    from edgekd.host import cpu_name, logical_cpus
-
     file = RESULTS / f"{options.name}.json"
     facts = json.loads(file.read_text()) if file.is_file() else {}
-    facts |= {
-        "command": " ".join(["python bench/sparse.py", *(Path(word).name for word in sys.argv[1:])]),
-        "machine": {"cpu": cpu_name(), "cpus": len(logical_cpus()), "python": platform.python_version()},
-        "epochs": options.epochs,
-        key: found,
-    }
+    facts |= {**head(), "epochs": options.epochs, key: found}
     if key == "rows":
         facts["table"] = summary(found)
-    RESULTS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write(options.name, facts)
 
 
 if __name__ == "__main__":
