@@ -158,6 +158,21 @@ class Cell:
         Raises:
             ModelError: a layer of a source that was never measured.
         """
+        fixed, heads, inner = self._costs(shapes)
+        count = len(shapes.heads)
+        return Parts(
+            np.full(count, self.base_ms), fixed.sum(1), heads.sum(1), inner.sum(1), shapes.there.sum(1).astype(float)
+        )
+
+    def layer_costs(self, arch: Arch) -> Floats:
+        """Uncorrected fixed, attention and inner cost of each layer [L, 3] in milliseconds.
+
+        Raises:
+            ModelError: a layer of a source that was never measured.
+        """
+        return np.asarray(np.stack(self._costs(Shapes.of([arch])), axis=-1)[0])
+
+    def _costs(self, shapes: Shapes) -> tuple[Floats, Floats, Floats]:
         fixed, inner = np.zeros(shapes.heads.shape), np.zeros(shapes.heads.shape)
         known = np.zeros(shapes.heads.shape, dtype=np.bool_)
         for key, curve in self.neurons.items():
@@ -173,10 +188,7 @@ class Cell:
             np.where(shapes.last, share * cost, cost)
             for share, cost in zip(self.last, (fixed, heads, inner), strict=True)
         )
-        count = len(shapes.heads)
-        return Parts(
-            np.full(count, self.base_ms), fixed.sum(1), heads.sum(1), inner.sum(1), shapes.there.sum(1).astype(float)
-        )
+        return fixed, heads, inner
 
     def predict(self, shapes: Shapes) -> Floats:
         """Median latencies [P] in milliseconds."""

@@ -161,7 +161,7 @@ class Pool:
         def predict(arch: Arch) -> float:
             return means.predict(vary(name, arch, means.lengths))
 
-        even = uniform_widths(full, kept, limit, predict, self._even_steps())
+        even = uniform_widths(full, kept, limit, predict, self._even_steps(), whole_last=has_whole_last(shape, full))
         options = [even]
         # Before training, the proxy would always turn equal layers into unequal ones.
         if even is None or not is_even(shape) or predict(even) < NEAR * limit:
@@ -215,6 +215,7 @@ class Pool:
         for kept in chain:
             for shape in (
                 uniform_widths(full, kept, limit, predict, self._even_steps()),
+                uniform_widths(full, kept, limit, predict, self._even_steps(), whole_last=True),
                 importance_widths(full, kept, limit, predict, means.steps, means.importance),
             ):
                 if shape is not None:
@@ -243,5 +244,14 @@ def _first(candidates: Sequence[Candidate], name: str) -> Candidate | None:
 
 
 def is_even(arch: Arch) -> bool:
-    """Whether all layers have the same heads and neurons."""
-    return len({(layer.heads, layer.neurons) for layer in arch.layers}) == 1
+    """Whether all layers but the last have the same heads and neurons."""
+    return len({(layer.heads, layer.neurons) for layer in arch.layers[:-1]}) <= 1
+
+
+def has_whole_last(arch: Arch, full: Arch) -> bool:
+    """Whether the last layer is as wide as in the full shape, and not all layers are."""
+    widths = {layer.source: (layer.heads, layer.neurons) for layer in full.layers}
+    last = arch.layers[-1]
+    return (last.heads, last.neurons) == widths[last.source] and any(
+        (layer.heads, layer.neurons) != widths[layer.source] for layer in arch.layers
+    )

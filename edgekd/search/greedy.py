@@ -28,12 +28,18 @@ def depth_chain(arch: Arch, droppable: Sequence[bool], score: Score, *, fewest: 
     return chain
 
 
-def uniform_widths(arch: Arch, kept: Sequence[int], limit: float, predict: Predict, steps: Steps) -> Arch | None:
-    """The widest shape with the same share of heads and neurons in every kept layer that is under the limit."""
+def uniform_widths(
+    arch: Arch, kept: Sequence[int], limit: float, predict: Predict, steps: Steps, *, whole_last: bool = False
+) -> Arch | None:
+    """The widest shape with the same share of heads and neurons in every kept layer that is under the limit.
+
+    With `whole_last` the last layer keeps all it has: where it computes for one token alone, that costs little.
+    """
     base = with_layers(arch, kept)
     finest = max([layer.neurons // steps.neurons for layer in base.layers] + [layer.heads for layer in base.layers])
     for step in range(finest, 0, -1):
-        shape = replace(base, layers=tuple(_share(layer, step / finest, steps) for layer in base.layers))
+        layers = [_share(layer, step / finest, steps) for layer in base.layers]
+        shape = replace(base, layers=(*layers[:-1], base.layers[-1] if whole_last else layers[-1]))
         if predict(shape) <= limit:
             return shape
     return None

@@ -127,6 +127,10 @@ class Hunt:
         """The measured shapes of the same kind (layers, residual stream, variant); all measured ones if none is."""
         return [known for known in self.measured if _kind(known) == _kind(plan)] or list(self.measured)
 
+    def is_alike(self, shape: Arch, other: Arch) -> bool:
+        """Whether two shapes have the same layers, residual stream and variant."""
+        return _kind(shape) == _kind(other)
+
     def refine(self, plan: Arch) -> Arch:
         """Adjust the widths of a shape, its layers kept, until it fits as measured.
 

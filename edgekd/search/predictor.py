@@ -14,7 +14,7 @@ from edgekd.arch import Arch
 from edgekd.context import as_it_is
 from edgekd.errors import ModelError, RecipeError
 from edgekd.files import write_json
-from edgekd.latency.cell import Frame
+from edgekd.latency.cell import Floats, Frame
 from edgekd.latency.table import LatencyTable, Mix
 from edgekd.search.timing import DEFAULT_TAIL
 from edgekd.search.variants import MOST, Reshape, Saving, kind_of, plain, variant_of
@@ -70,7 +70,12 @@ class Predictor:
             said = float(np.nan_to_num(self._table_ms(before), nan=0.0))
         ms = max(self.reference.scale * said, LEAST * self.reference.teacher_ms)
         saving = self.reference.savings.get(kind_of(variant_of(arch)))
-        return ms if saving is None else ms - min(saving(before, self.reshape(arch)), MOST * ms)
+        return ms if saving is None else ms - min(saving(before, self.reshape(arch), self.costs), MOST * ms)
+
+    def costs(self, arch: Arch) -> Floats:
+        """What the layers of a plain shape cost [L, 3] in milliseconds, by the cell that weighs most."""
+        _, cell = max(self._mix(arch.hidden).cells, key=lambda weighed: weighed[0])
+        return self.reference.scale * cell.layer_costs(arch)
 
     def _table_ms(self, arch: Arch) -> float:
         """What the table says; between two widths of a convolutional net, which cells do not mix, the same is done."""

@@ -125,9 +125,12 @@ class _Measured:
         for name, pairs in self.changed.items():
             timed = [(before, after) for before, after in pairs if after in self.times]
             if timed:
-                saved = [self.times.get(before) or predict(before) for before, _ in timed]
-                saved = [ms - self.times[after] for ms, (_, after) in zip(saved, timed, strict=True)]
-                savings[name] = fit_saving(timed, saved, self.ctx.budget.sequence)
+                ms = [self.times[after] for _, after in timed]
+                saved = [
+                    (self.times.get(before) or predict(before)) - own
+                    for own, (before, _) in zip(ms, timed, strict=True)
+                ]
+                savings[name] = fit_saving(timed, saved, ms, predict.costs, self.ctx.budget.sequence)
         return replace(reference, table=table, savings=savings, hidden=(*hidden, self.arch.hidden))
 
 

@@ -50,7 +50,14 @@ class Tournament:
         winner = self.standings[0].finalist
         if winner.source:
             return checkpoints[winner.source]
-        return self.hunt.refine(winner.arch)
+        found = self.hunt.refine(winner.arch)
+        return found if self.hunt.is_alike(found, winner.arch) else self.runner_up(found)
+
+    def runner_up(self, found: Arch) -> Arch:
+        """The best finalist that is within the budget as measured, or else the shape that was found instead."""
+        within = self.ctx.strictness
+        shapes = [standing.finalist.arch for standing in self.standings if not standing.finalist.source]
+        return next((shape for shape in shapes if self.hunt.measured.get(shape, within + 1) <= within), found)
 
     def shapes(self) -> list[Arch]:
         """Shapes for the short distillations; those that miss the budget as measured are brought to its size."""

@@ -12,6 +12,8 @@ from edgekd.calibrate.shapes import uniform
 
 Reshape = Callable[[Arch], Arch]
 KINDS = ("tokens", "shares", "rank", "activation", "norm")
+FLOWS = 5
+"""Traits that tell what fewer tokens save."""
 RIDGE = 1e-4
 USUAL = 90
 """The percentile of text lengths that counts as the usual length."""
@@ -116,6 +118,10 @@ VARIANTS: Mapping[str, Callable[[Arch, Lengths], Arch]] = {
 """Ways to change how an encoder's layers compute: (shape, lengths) to the changed shape."""
 
 
+Costs = Callable[[Arch], np.ndarray]
+"""A plain shape to the fixed, attention and inner cost of its layers [L, 3] in milliseconds, as a table has them."""
+
+
 @dataclass(frozen=True)
 class Saving:
     """What a change of operators saves in milliseconds: a linear function of `traits`."""
@@ -123,42 +129,54 @@ class Saving:
     weights: tuple[float, ...]
     sequence: int | None = None
 
-    def __call__(self, before: Arch, after: Arch) -> float:
+    def __call__(self, before: Arch, after: Arch, costs: Costs) -> float:
         """Milliseconds by which `after` is faster than `before`; below 0 if it is slower."""
-        return float(traits(before, after, self.sequence) @ np.asarray(self.weights))
+        return float(traits(before, after, costs(before), self.sequence) @ np.asarray(self.weights))
 
 
-def traits(before: Arch, after: Arch, sequence: int | None) -> np.ndarray:
+def traits(before: Arch, after: Arch, costs: np.ndarray, sequence: int | None) -> np.ndarray:
     """What a saving may depend on: for each kind of change its layers, their heads and their neurons.
 
-    Tokens that are gone save in all layers that they do not reach: the share of them that does not enter a layer, and
-    the share that does not leave its attention, each with the layer's heads and with its neurons.
+    Tokens that are gone save in all layers that they do not reach a share of what these cost: as many as do not enter a
+    layer of its fixed cost and attention, and as many as do not leave its attention of all its costs. What choosing
+    tokens costs is the trait of their kind.
     """
-    found = np.zeros((len(KINDS), 3))
-    flow = np.zeros((2, 3))
+    found, flow = np.zeros((len(KINDS), 3)), np.zeros(FLOWS)
     entering = 0.0
-    for old, new in zip(before.layers, after.layers, strict=True):
-        size = np.asarray([1.0, old.heads, old.neurons])
+    for old, new, own in zip(before.layers, after.layers, costs, strict=True):
         leaving = _left_out(new.tokens, sequence) if new.tokens else entering
-        flow += np.outer([entering, leaving], size)
+        flow += np.concatenate([entering * own[:2], leaving * own])
         entering = leaving
         for row, kind in enumerate(KINDS):
             if kind == "tokens":
-                found[row, 0] += float(new.tokens > 1)
+                found[row, 0] -= float(new.tokens > 1)
             elif getattr(old, kind) != getattr(new, kind):
-                found[row] += size
-    return np.concatenate([found, flow]).reshape(-1)
+                found[row] += [1.0, old.heads, old.neurons]
+    return np.concatenate([found.reshape(-1), flow])
 
 
-def fit_saving(pairs: Sequence[tuple[Arch, Arch]], saved: Sequence[float], sequence: int | None) -> Saving:
-    """Fit what was saved (milliseconds) by pairs of a plain and a changed shape; ridge on columns of equal size."""
-    rows = np.stack([traits(before, after, sequence) for before, after in pairs])
+def fit_saving(
+    pairs: Sequence[tuple[Arch, Arch]], saved: Sequence[float], ms: Sequence[float], costs: Costs, sequence: int | None
+) -> Saving:
+    """Fit what was saved (milliseconds) by pairs of a plain and a changed shape that takes `ms`; errors relative to it.
+
+    Fewer tokens cannot save more than what a layer costs, nor can choosing them save anything; the rest is free.
+    """
+    from scipy.optimize import lsq_linear
+
+    rows = np.stack([traits(before, after, costs(before), sequence) for before, after in pairs])
     scale = np.abs(rows).max(0)
     used = scale > 0
-    x = rows[:, used] / scale[used]
-    weights = np.zeros(rows.shape[1])
-    gram = x.T @ x + RIDGE * np.eye(x.shape[1])
-    weights[used] = np.linalg.solve(gram, x.T @ np.asarray(saved, dtype=float)) / scale[used]
+    bounded = np.arange(rows.shape[1]) >= rows.shape[1] - FLOWS
+    bounded[KINDS.index("tokens") * 3] = True
+    low = np.where(bounded, 0.0, -np.inf)
+    high = np.where(np.arange(len(bounded)) >= len(bounded) - FLOWS, 1.0, np.inf)
+    rows = rows[:, used] / scale[used] / np.asarray(ms)[:, None]
+    ridge = np.sqrt(RIDGE) * np.eye(int(used.sum()))
+    left = np.vstack([rows, ridge])
+    right = np.concatenate([np.asarray(saved, dtype=float) / np.asarray(ms), np.zeros(len(ridge))])
+    weights = np.zeros(len(used))
+    weights[used] = lsq_linear(left, right, (low[used], high[used] * scale[used])).x / scale[used]
     return Saving(tuple(weights.tolist()), sequence)
 
 

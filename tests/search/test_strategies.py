@@ -404,6 +404,10 @@ def reshape(arch: Arch) -> Arch:
     return replace(arch, layers=(*arch.layers[:-1], replace(arch.layers[-1], tokens=1)))
 
 
+def layer_costs(arch: Arch) -> np.ndarray:
+    return np.asarray([[0.05, 0.05 * layer.heads, 0.002 * layer.neurons] for layer in arch.layers])
+
+
 def saved_ms(arch: Arch) -> float:
     last = arch.layers[-1]
     return 0.02 + 0.03 * last.heads + 0.0015 * last.neurons
@@ -413,17 +417,20 @@ def test_savings_of_operators_are_learnt_from_a_few_shapes():
     shapes = probes(arch_of(6))
     assert {len(shape.layers) for shape in shapes} == {1, 3, 6}
     assert len({shape.layers[0].neurons for shape in shapes}) == 5
-    saving = fit_saving([(s, reshape(s)) for s in shapes], [saved_ms(s) for s in shapes], 16)
+    pairs = [(s, reshape(s)) for s in shapes]
+    saving = fit_saving(pairs, [saved_ms(s) for s in shapes], [1.0] * len(shapes), layer_costs, 16)
     other = replace(ARCH, layers=(ARCH.layers[0], replace(ARCH.layers[1], heads=3, neurons=70)))
-    assert saving(other, reshape(other)) == pytest.approx(saved_ms(other), rel=0.15)
-    assert saving(other, other) == 0.0
+    assert saving(other, reshape(other), layer_costs) == pytest.approx(saved_ms(other), rel=0.15)
+    assert saving(other, other, layer_costs) == 0.0
     table = LatencyTable(
         conditions=Conditions(target="local"),
         cells=(cell(Curve((0, 4), (0, 0.2)), Curve((0, 128), (0, 0.256))),),
     )
     reference = Reference(table=table, frame=FRAME, teacher_ms=1.0, savings={"": saving})
     before = reference.predictor()(ARCH)
-    assert reference.predictor(reshape)(ARCH) == pytest.approx(before - saving(ARCH, reshape(ARCH)))
+    assert reference.predictor(reshape)(ARCH) == pytest.approx(
+        before - saving(ARCH, reshape(ARCH), reference.predictor().costs)
+    )
 
 
 def test_variants_change_how_layers_compute_and_nothing_else():
@@ -557,10 +564,10 @@ def test_savings_of_heads_and_neurons_are_told_apart():
         return 0.02 + 0.03 * arch.layers[-1].heads + 0.0008 * arch.layers[-1].neurons
 
     pairs = [(shape, reshape(shape)) for shape in probes(full)]
-    saving = fit_saving(pairs, [saved(before) for before, _ in pairs], sequence=64)
+    saving = fit_saving(pairs, [saved(before) for before, _ in pairs], [1.0] * len(pairs), layer_costs, 64)
     for heads, neurons in ((12, 128), (1, 1536), (1, 112), (12, 1536)):
         shape = arch_of(depth=4, heads=heads, neurons=neurons, hidden=384)
-        assert saving(shape, reshape(shape)) == pytest.approx(saved(shape), abs=0.02)
+        assert saving(shape, reshape(shape), layer_costs) == pytest.approx(saved(shape), abs=0.02)
 
 
 def test_savings_of_fewer_tokens_follow_them_through_the_layers():
@@ -576,11 +583,12 @@ def test_savings_of_fewer_tokens_follow_them_through_the_layers():
         return total
 
     pairs = [(shape, reshape(vary(name, shape, lengths))) for name in ("padding", "tokens") for shape in probes(full)]
-    saving = fit_saving(pairs, [ms(before) - ms(after) for before, after in pairs], sequence=64)
+    saved = [ms(before) - ms(after) for before, after in pairs]
+    saving = fit_saving(pairs, saved, [ms(after) for _, after in pairs], layer_costs, 64)
     for name in ("padding", "tokens"):
         shape = arch_of(depth=5, heads=3, neurons=400, hidden=384)
         after = reshape(vary(name, shape, lengths))
-        assert saving(shape, after) == pytest.approx(ms(shape) - ms(after), rel=0.05)
+        assert saving(shape, after, layer_costs) == pytest.approx(ms(shape) - ms(after), rel=0.05)
 
 
 @pytest.mark.parametrize(
