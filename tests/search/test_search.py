@@ -17,6 +17,7 @@ from edgekd.latency.stats import Samples
 from edgekd.latency.table import Conditions, LatencyTable, Point, frame_of
 from edgekd.pipeline.setup import prepare
 from edgekd.search import Search, predictor, reference, strategy, timing, tryout
+from edgekd.search.candidates import has_whole_last, is_even
 from edgekd.search.greedy import depth_chain, importance_widths, uniform_widths
 from edgekd.search.halving import Finalist
 from edgekd.search.space import Steps, with_layers
@@ -65,6 +66,21 @@ def test_widths_are_within_the_limit_and_not_wasteful(kept, limit):
         assert all(1 <= layer.heads <= 8 and 32 <= layer.neurons <= 256 for layer in shape.layers)
         full = cost(with_layers(ARCH, kept))
         assert shape == with_layers(ARCH, kept) or cost(shape) > min(limit, full) * 0.75
+
+
+def test_a_last_layer_that_costs_little_may_stay_whole():
+    def cheap_last(arch: Arch) -> float:
+        return cost(replace(arch, layers=arch.layers[:-1]))
+
+    shape = uniform_widths(ARCH, (0, 1, 2), 1.2, cheap_last, Steps(1, 32), whole_last=True)
+    assert shape is not None
+    assert (shape.layers[-1].heads, shape.layers[-1].neurons) == (8, 256)
+    assert shape.layers[0].neurons < 256
+    assert cheap_last(shape) <= 1.2
+    assert is_even(shape)
+    assert has_whole_last(shape, ARCH)
+    assert not has_whole_last(ARCH, ARCH)
+    assert not is_even(replace(shape, layers=(shape.layers[-1], *shape.layers[1:])))
 
 
 def test_a_limit_below_everything_gives_none():

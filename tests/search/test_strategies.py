@@ -25,7 +25,7 @@ from edgekd.search.evidence import load_evidence, save_evidence
 from edgekd.search.evolution import UNSCORED, Evolution, evolve
 from edgekd.search.front import FILES, Candidate, Front, pareto
 from edgekd.search.greedy import stepped
-from edgekd.search.halving import Finalist, halve, rungs
+from edgekd.search.halving import Finalist, Standing, halve, rungs
 from edgekd.search.hunt import Hunt
 from edgekd.search.predictor import Reference
 from edgekd.search.proxies import PROXIES, ProxyContext
@@ -596,3 +596,20 @@ def test_savings_of_fewer_tokens_follow_them_through_the_layers():
 )
 def test_the_usual_length_is_read_from_texts(most, texts, usual):
     assert Lengths.of(most, texts) == Lengths(most or 0, usual)
+
+
+def test_without_a_winner_that_fits_the_best_finalist_within_the_budget_is_taken(tmp_path, monkeypatch):
+    settings = Search(checks=6, finalists=3)
+    hunt, _ = hunt_of(cost, 1.0, tmp_path, settings)
+    tournament = Tournament(settings, hunt, SimpleNamespace(), even(), hunt.ctx)
+    first, second, third = (replace(ARCH, layers=ARCH.layers[:depth]) for depth in (3, 2, 1))
+    tournament.standings = [
+        Standing(finalist=Finalist(arch=arch), rung=rung, steps=10, divergence=divergence)
+        for arch, rung, divergence in ((first, 1, 0.1), (second, 0, 0.2), (third, 0, 0.3))
+    ]
+    hunt.measured = {first: 1.2, second: 0.8, third: 0.95}
+    assert tournament.runner_up(third) == second
+    hunt.measured = {first: 1.2, second: 1.1, third: 0.95}
+    assert tournament.runner_up(first) == third
+    hunt.measured = {first: 1.2, second: 1.1, third: 1.3}
+    assert tournament.runner_up(second) == second
