@@ -59,8 +59,8 @@ class Search:
     population: int = 24
     jobs: int = 1
     variants: list[Variant] | None = None
-    finalists: int = 6
-    finalist_steps: int = 800
+    finalists: int = 4
+    finalist_steps: int = 1200
     init: list[str] = field(default_factory=list)
     checks: int = 6
     table: str | None = None

@@ -97,7 +97,7 @@ class Pool:
         """At most so many shapes for a closer look: the best of every kind first, then the next best.
 
         Kinds are depths, widths of the residual stream, variants, and whether all layers are alike: the proxy is not
-        trusted between them. After the best of all come, plain and of each variant, the deepest with equal layers and
+        trusted between them. After the best of all come, of each variant and plain, the deepest with equal layers and
         the best with unequal ones: what is deep and narrow looks worst before training and turns out best after it.
         """
         ranked = self.ranked(limit)
@@ -109,7 +109,7 @@ class Pool:
             best.setdefault((len(arch.layers), arch.hidden, variant_of(arch), is_even(arch)), candidate)
         even = sorted((each for each in best.values() if is_even(each.arch)), key=lambda each: -len(each.arch.layers))
         uneven = [each for each in best.values() if not is_even(each.arch)]
-        named = [_first(kind, name) for kind in (even, uneven) for name in self._names()]
+        named = [_first(kind, name) for name in self._names() for kind in (even, uneven)]
         chosen = list(dict.fromkeys([*ranked[:1], *(each for each in named if each), *best.values(), *ranked]))
         return sorted(chosen[:count], key=lambda candidate: candidate.proxy)
 
