@@ -7,7 +7,7 @@
 Contestants (`--peers`; `bench/peers/make_*.py` says how each is made, as its documentation advises):
 
     teacher          the plain float32 export in ONNX Runtime, the baseline
-    ort              ONNX Runtime: dynamic int8 after its transformer optimizer, static int8 in QDQ form
+    ort              ONNX Runtime: its transformer optimizer, dynamic int8 after that, static int8 in QDQ form
     openvino         OpenVINO's float32, and NNCF's post-training quantization, with free and with fixed shapes
     olive            Olive: conversion, transformer optimization and quantization in one workflow
     inc              neural-compressor's ONNX quantization, dynamic and static
@@ -45,7 +45,7 @@ from peers.report import report
 
 HERE = Path(__file__).parent
 PEERS: dict[str, tuple[str, ...]] = {
-    "ort": ("ort_dynamic", "ort_static", "ort_static_matmul"),
+    "ort": ("ort_fused", "ort_dynamic", "ort_static", "ort_static_matmul"),
     "openvino": ("openvino_float", "openvino_float_fixed", "nncf", "nncf_fixed"),
     "olive": ("olive_dynamic", "olive_static"),
     "inc": ("inc_dynamic", "inc_static"),
@@ -118,7 +118,7 @@ def require_own_work(options: argparse.Namespace) -> None:
     from edgekd.files import sha256_folder
 
     file = options.work / "settings.json"
-    asked = {name: getattr(options, name) for name in ("data", "calibration", "sequence", "kd_rates", "limit")}
+    asked = {name: getattr(options, name) for name in ("data", "calibration", "sequence", "limit")}
     settings = {"teacher": sha256_folder(options.teacher), **asked}
     if file.is_file() and json.loads(file.read_text()) != settings:
         raise SystemExit(f"{options.work} was made with other settings: choose another --work")
@@ -140,7 +140,7 @@ def make_inputs(options: argparse.Namespace, setup: Any) -> None:
     """All splits as the teacher reads them, and the calibration examples, padded and as long as they are."""
     chosen = np.random.default_rng(0).permutation(len(setup.train))[: options.calibration]
     folder = options.work / "inputs"
-    for split in ("train", "validation", "test"):
+    for split in ("train", "validation", "test") if "kd" in options.peers else ("test",):
         write_inputs(options, setup, split, folder)
     write_inputs(options, setup, "train", folder, name="calibration", chosen=chosen)
 
@@ -233,7 +233,7 @@ def names_of(options: argparse.Namespace, peer: str) -> list[str]:
 def teacher_graph(options: argparse.Namespace, setup: Any) -> Path:
     from edgekd.export.onnx import export_float
 
-    file: Path = options.work / "teacher.onnx"
+    file = Path(options.work / "teacher.onnx")
     return file if file.is_file() else export_float(setup.teacher, setup.task.name, file)
 
 
@@ -266,7 +266,7 @@ def environment(options: argparse.Namespace, peer: str) -> Path:
     if peer not in ENVIRONMENTS:
         return Path(sys.executable)
     name = ENVIRONMENTS[peer]
-    folder, requirements = options.environments / name, HERE / "peers" / f"{name}.txt"
+    folder, requirements = Path(options.environments) / name, HERE / "peers" / f"{name}.txt"
     python, stamp = folder / "bin" / "python", folder / requirements.name
     if not stamp.is_file() or stamp.read_text() != requirements.read_text():
         print(f"installing {name}", flush=True)
@@ -374,12 +374,12 @@ def score_all(options: argparse.Namespace, setup: Any) -> None:
     from edgekd.files import sha256_file
 
     everything = contestants(options, setup)
-    for each in everything:
-        for lengths in options.lengths:
+    folder = options.work / "logits"
+    folder.mkdir(exist_ok=True)
+    for lengths in options.lengths:
+        for each in everything:
             if each.file is None:
                 continue
-            folder = options.work / "logits"
-            folder.mkdir(exist_ok=True)
             file = folder / f"{each.name}-{lengths}.npz"
             told = file.with_suffix(".json")
             digest = sha256_file(each.file)
@@ -439,11 +439,12 @@ def measure(options: argparse.Namespace, setup: Any, lengths: str, threads: int)
 
     everything = [each for each in contestants(options, setup) if each.file is not None]
     digests = {each.name: sha256_file(each.file) for each in everything if each.file}
+    asked = {"artifacts": digests, "blocks": options.blocks, "picked": options.picked, "cpus": options.cpus}
     folder = options.work / "times"
     folder.mkdir(exist_ok=True)
     file = folder / f"{lengths}-{threads}.npz"
     told = file.with_suffix(".json")
-    if options.phase == "all" and told.is_file() and json.loads(told.read_text())["sha256"] == digests:
+    if options.phase == "all" and told.is_file() and json.loads(told.read_text())["asked"] == asked:
         return
     count = threads or len(physical_cores())
     cpus = options.cpus or list(choose_cpus(count))
@@ -456,7 +457,7 @@ def measure(options: argparse.Namespace, setup: Any, lengths: str, threads: int)
     load = os.getloadavg()[0]
     answer = run_all(options, everything, request, samples=file)
     host = {"cpu": cpu_name(), "cpus": cpus, "threads": count, "load": load}
-    told.write_text(json.dumps({"sha256": digests, "host": host, "picked": picked, **answer}))
+    told.write_text(json.dumps({"asked": asked, "host": host, "picked": picked, **answer}))
     print(f"measured {len(everything)} artifacts, {lengths}, {count} threads; failed: {answer['failed']}", flush=True)
 
 

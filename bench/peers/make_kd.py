@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,15 @@ def distill(request: Request, folder: Path, *, epochs: int) -> Made:
     student = load_student(folder / f"{best:g}", auto_class=task.auto_class)
     export_float(student, task.name, folder / "float.onnx")
     config = request.config | {"num_hidden_layers": len(layers_of(student.model))}
-    settings = quantize_fused(folder / "float.onnx", config, folder / "model.onnx")
-    settings |= {"epochs": epochs, "rate": best, "validation": found, "layers": config["num_hidden_layers"]}
-    return Made(folder / "model.onnx", settings={**settings, "temperature": TEMPERATURE, "batch": BATCH})
+    made = quantize_fused(folder / "float.onnx", config, folder)
+    settings = {"epochs": epochs, "rate": best, "validation": found, "layers": config["num_hidden_layers"]}
+    return replace(made, settings={**made.settings, **settings, "temperature": TEMPERATURE, "batch": BATCH})
 
 
-def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+def layers_of(model: Any) -> torch.nn.ModuleList:
     """The transformer layers: the list of as many modules as the config says."""
     lists = [each for each in model.modules() if isinstance(each, torch.nn.ModuleList)]
-    return next(each for each in lists if len(each) == int(model.config.num_hidden_layers))  # type: ignore[arg-type]
+    return next(each for each in lists if len(each) == int(model.config.num_hidden_layers))
 
 
 def halved(teacher: Any) -> Any:
@@ -85,7 +86,7 @@ def fit(model: Any, train: Examples, targets: torch.Tensor, *, epochs: int, rate
     )
     model.train()
     for epoch in range(epochs):
-        for indices, inputs in batches(train, np.random.default_rng(epoch).permutation(len(train))):
+        for indices, inputs in batches(train, shuffled(train, epoch)):
             student = functional.log_softmax(model(**inputs).logits / TEMPERATURE, dim=-1)
             teacher = functional.log_softmax(targets[torch.from_numpy(indices)] / TEMPERATURE, dim=-1)
             loss = TEMPERATURE**2 * functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
@@ -94,6 +95,19 @@ def fit(model: Any, train: Examples, targets: torch.Tensor, *, epochs: int, rate
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+
+
+def shuffled(examples: Examples, seed: int) -> Any:
+    """A random order in which texts of one batch are about as long as each other, which saves padding."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(examples))
+    mask = examples.arrays.get("attention_mask")
+    if mask is None:
+        return order
+    lengths, pool = mask.sum(axis=1), 32 * BATCH
+    pools = [order[start : start + pool] for start in range(0, len(order), pool)]
+    rows = [row for each in pools for row in np.array_split(each[np.argsort(lengths[each])], -(-len(each) // BATCH))]
+    return np.concatenate([rows[place] for place in rng.permutation(len(rows))])
 
 
 @torch.no_grad()

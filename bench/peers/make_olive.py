@@ -34,7 +34,7 @@ class Calibration(torch.utils.data.Dataset[Any]):
         return feeds, torch.from_numpy(np.asarray(self.examples.labels[index : index + 1]))
 
 
-@Registry.register_dataset("calibration_examples")  # type: ignore[misc]
+@Registry.register_dataset("calibration_examples")  # type: ignore[untyped-decorator]
 def calibration_examples(file: str, **_: Any) -> Calibration:
     """The data set that the workflow names."""
     return Calibration(Examples(Path(file)))

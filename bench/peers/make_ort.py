@@ -19,25 +19,37 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from onnxruntime.transformers.optimizer import MODEL_TYPES, optimize_model
 
 
-def dynamic(request: Request, folder: Path) -> Made:
-    """Fused by the transformer optimizer, then quantized with the defaults."""
-    settings = quantize_fused(request.float, request.config, folder / "model.onnx")
-    return Made(folder / "model.onnx", settings=settings)
+def fused(request: Request, folder: Path) -> Made:
+    """Fused by the transformer optimizer, in float32."""
+    return Made(
+        folder / "model.onnx", settings={"optimizer": fuse(request.float, request.config, folder / "model.onnx")}
+    )
 
 
-def quantize_fused(source: Path, config: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Optimize and quantize a float ONNX file; the settings."""
+def fuse(source: Path, config: dict[str, Any], output: Path) -> str:
+    """Run the transformer optimizer on a float ONNX file; the type of model it was told."""
     kind = config["model_type"] if config["model_type"] in MODEL_TYPES else "bert"
-    fused = output.with_name("fused.onnx")
     optimizer = optimize_model(
         str(source), model_type=kind, num_heads=config["num_attention_heads"], hidden_size=config["hidden_size"]
     )
-    optimizer.save_model_to_file(str(fused))
+    optimizer.save_model_to_file(str(output))
+    return kind
+
+
+def dynamic(request: Request, folder: Path) -> Made:
+    """Fused by the transformer optimizer, then quantized with the defaults."""
+    return quantize_fused(request.float, request.config, folder)
+
+
+def quantize_fused(source: Path, config: dict[str, Any], folder: Path) -> Made:
+    """Fuse and quantize a float ONNX file."""
+    between, output = folder / "fused.onnx", folder / "model.onnx"
+    kind = fuse(source, config, between)
     # The types of what its own fused operators return are not inferred: the error that says so names this option.
     options = {"DefaultTensorType": TensorProto.FLOAT}
-    quantize_dynamic(fused, output, weight_type=QuantType.QInt8, extra_options=options)
-    fused.unlink()
-    return {"optimizer": kind, "weight_type": "QInt8", "per_channel": False}
+    quantize_dynamic(between, output, weight_type=QuantType.QInt8, extra_options=options)
+    between.unlink()
+    return Made(output, settings={"optimizer": kind, "weights": "QInt8", "per_channel": False})
 
 
 class Calibration(CalibrationDataReader):  # type: ignore[misc]
@@ -79,6 +91,7 @@ def static(request: Request, folder: Path, *, operators: Sequence[str] | None, a
 if __name__ == "__main__":
     main(
         {
+            "ort_fused": fused,
             "ort_dynamic": dynamic,
             "ort_static": partial(static, operators=None, activations=QuantType.QInt8),
             "ort_static_matmul": partial(static, operators=["MatMul", "Gemm"], activations=QuantType.QUInt8),

@@ -19,8 +19,8 @@ LEAST = 80.0
 def draw(rows: Sequence[dict[str, Any]], *, across: str, up: str) -> str:
     """One `<svg>`: every measured and scored artifact with its title."""
     drawn = [row for row in rows if row.get("speedup") and row.get("accuracy") is not None]
-    fastest = max([row["speedup"] for row in drawn], default=1.0) * 1.05
-    kept = [100 * row["retained"] for row in drawn]
+    fastest = max([float(row["speedup"]) for row in drawn], default=1.0) * 1.05
+    kept = [100 * float(row["retained"]) for row in drawn]
     low = max(min(kept, default=100.0) - 1.0, LEAST)
     high = max([*kept, 100.0]) + 1.0
 

@@ -21,6 +21,7 @@ COLUMNS = (
 )  # fmt: skip
 TITLES = {
     "teacher": "teacher, fp32",
+    "ort_fused": "ONNX Runtime, fused fp32",
     "ort_dynamic": "ONNX Runtime, dynamic int8",
     "ort_static": "ONNX Runtime, static int8",
     "ort_static_matmul": "ONNX Runtime, static int8, matrix products only",
@@ -40,10 +41,14 @@ TITLES = {
 class Entry(Protocol):
     """What a row needs to know of an artifact."""
 
-    name: str
-    peer: str
-    facts: dict[str, Any]
-    file: Path | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def peer(self) -> str: ...
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
 
     @property
     def size_bytes(self) -> int | None: ...

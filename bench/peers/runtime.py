@@ -105,14 +105,16 @@ def time_all(request: dict[str, Any]) -> dict[str, Any]:
         for index in order[shift:] + order[:shift]:
             taken[loaded[index].name].append(loaded[index].take(request["settle_runs"]))
     preempted = _preemptions() - preempted
-    np.savez(request["samples"], **{name: np.array(values) for name, values in taken.items()})
+    arrays: dict[str, Any] = {name: np.array(values) for name, values in taken.items()}
+    np.savez(request["samples"], **arrays)
     return {"facts": _facts(loaded), "failed": failed, "preemptions": preempted}
 
 
 def answer_all(request: dict[str, Any]) -> dict[str, Any]:
     """Logits of every artifact, by name."""
     loaded, failed = load(request)
-    np.savez(request["samples"], **{each.name: each.logits() for each in loaded})
+    arrays: dict[str, Any] = {each.name: each.logits() for each in loaded}
+    np.savez(request["samples"], **arrays)
     return {"facts": _facts(loaded), "failed": failed}
 
 
