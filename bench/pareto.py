@@ -36,7 +36,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +208,9 @@ class Contestant:
         return sum(each.stat().st_size for each in self.file.parent.glob(f"{self.file.stem}.*"))
 
     def examples(self, lengths: str) -> Path:
-        """The inputs it gets where `lengths` are asked."""
-        return self.inputs / f"test-{'padded' if self.facts.get('fixed') else lengths}.npz"
+        """The inputs it gets where `lengths` are asked; images have no others than `data`."""
+        padded = self.inputs / "test-padded.npz"
+        return padded if self.facts.get("fixed") and padded.is_file() else self.inputs / f"test-{lengths}.npz"
 
 
 def make_all(options: argparse.Namespace, setup: Any) -> None:
@@ -277,23 +278,23 @@ def environment(options: argparse.Namespace, peer: str) -> Path:
     return python
 
 
-def run(words: Sequence[str], log: Path, *, own: bool) -> None:
+def run(words: Sequence[str], log: Path, *, own: bool, variables: Mapping[str, str] | None = None) -> None:
     """Run a command with its output in a log; `own`: it may import edgekd, from wherever this process does.
 
     Raises:
-        CalledProcessError: it fails; its output is the last line it said.
+        CalledProcessError: it fails; its output is the last error in the log, or the last line.
     """
-    variables = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
-    variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    told = {name: value for name, value in (variables or os.environ).items() if name != "PYTHONPATH"}
+    told |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if own:
-        variables["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        told["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("w") as output:
-        done = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, env=variables, check=False)
+        done = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, env=told, check=False)
     if done.returncode:
         said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise subprocess.CalledProcessError(
-            done.returncode, words[0], output=said[-1][:300] if said else "said nothing"
-        )
+        errors = [line for line in said if "error" in line.lower()]
+        reason = (errors or said or [f"exit code {done.returncode}, and said nothing"])[-1]
+        raise subprocess.CalledProcessError(done.returncode, words[0], output=reason[:300])
 
 
 def make_edgekd(options: argparse.Namespace, speedup: float) -> None:
@@ -416,18 +417,27 @@ def run_all(
     It runs in the environment of OpenVINO as soon as one artifact needs that: ONNX Runtime is there too.
     """
     import edgekd.latency.worker_engines as engines
+    from edgekd.devices.process import environment as environment_of
+    from edgekd.devices.process import threads_of
 
     needs_openvino = any(each.engine == "openvino" and each.file for each in everything)
     python = environment(options, "openvino") if needs_openvino else Path(sys.executable)
-    asked, result = options.work / "request.json", options.work / "result.json"
-    result.unlink(missing_ok=True)
+    asked, result = samples.with_suffix(".request.json"), samples.with_suffix(".result.json")
+    for old in (samples, result):
+        old.unlink(missing_ok=True)
+    # It imports what lies beside it.
+    variables = environment_of(threads_of(request))
+    variables.pop("PYTHONSAFEPATH")
     whole = {**request, "engines": engines.__file__, "samples": str(samples), "result": str(result)}
     asked.write_text(json.dumps(whole))
     try:
-        run([str(python), str(HERE / "peers" / "runtime.py"), str(asked)], options.work / "runtime.log", own=False)
+        words = [str(python), str(HERE / "peers" / "runtime.py"), str(asked)]
+        run(words, samples.with_suffix(".log"), own=False, variables=variables)
     except subprocess.CalledProcessError as error:
         return {"facts": {}, "failed": {each["name"]: str(error.output) for each in request["subjects"]}}
     answer: dict[str, Any] = json.loads(result.read_text())
+    asked.unlink()
+    result.unlink()
     return answer
 
 

@@ -44,8 +44,9 @@ class Request:
         return config
 
     def examples(self, split: str, *, padded: bool = False) -> Examples:
-        """One of the splits: padded to `sequence`, or as long as each example is."""
-        return Examples(self.inputs / f"{split}-{'padded' if padded else 'data'}.npz")
+        """One of the splits: padded to `sequence`, or as long as each example is, as images are anyway."""
+        file = self.inputs / f"{split}-padded.npz"
+        return Examples(file if padded and file.is_file() else self.inputs / f"{split}-data.npz")
 
 
 @dataclass(frozen=True)
