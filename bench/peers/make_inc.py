@@ -2,8 +2,8 @@
 
 neural-compressor itself, from 3.8 on, takes torch models only. The package is of 2024 and needs ONNX Runtime of then to
 quantize; its files run in the same ONNX Runtime as all others. As in its examples of BERT, it gets the graph that ONNX
-Runtime's transformer optimizer has fused (`ort_fused`, of the present version: that of 2024 does not find the attention
-in today's export). Settings are the defaults, but QDQ as the static form.
+Runtime's transformer optimizer has fused all but the embeddings of (from `ort_fused`, of the present version: that of
+2024 does not find the attention in today's export). Settings are the defaults, but QDQ as the static form.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def static(request: Request, folder: Path) -> Made:
 
 def made(request: Request, folder: Path, config: Any, settings: dict[str, Any]) -> Made:
     """Quantize the fused graph."""
-    source, output = request.out / "ort_fused" / "model.onnx", folder / "model.onnx"
+    source, output = request.out / "ort_fused" / "without_embeddings.onnx", folder / "model.onnx"
     if not source.is_file():
         raise FileNotFoundError("it needs ort_fused: add the peer ort")
     quantize(str(source), str(output), config)

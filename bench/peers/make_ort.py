@@ -16,21 +16,29 @@ from common import Examples, Made, Request, main
 from onnx import TensorProto
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import MODEL_TYPES, optimize_model
 
 
 def fused(request: Request, folder: Path) -> Made:
-    """Fused by the transformer optimizer, in float32."""
-    return Made(
-        folder / "model.onnx", settings={"optimizer": fuse(request.float, request.config, folder / "model.onnx")}
-    )
+    """Fused by the transformer optimizer, in float32; beside it the same with the embeddings left as they are."""
+    output = folder / "model.onnx"
+    kind = fuse(request.float, request.config, output)
+    fuse(request.float, request.config, folder / "without_embeddings.onnx", embeddings=False)
+    return Made(output, settings={"optimizer": kind})
 
 
-def fuse(source: Path, config: dict[str, Any], output: Path) -> str:
+def fuse(source: Path, config: dict[str, Any], output: Path, *, embeddings: bool = True) -> str:
     """Run the transformer optimizer on a float ONNX file; the type of model it was told."""
     kind = config["model_type"] if config["model_type"] in MODEL_TYPES else "bert"
+    options = FusionOptions(kind)
+    options.enable_embed_layer_norm = embeddings
     optimizer = optimize_model(
-        str(source), model_type=kind, num_heads=config["num_attention_heads"], hidden_size=config["hidden_size"]
+        str(source),
+        model_type=kind,
+        num_heads=config["num_attention_heads"],
+        hidden_size=config["hidden_size"],
+        optimization_options=options,
     )
     optimizer.save_model_to_file(str(output))
     return kind
