@@ -399,7 +399,7 @@ def subject(each: Contestant, lengths: str, *, threads: int, picked: Sequence[in
 
     if each.engine == "openvino":
         config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(threads)}
-        session = {"engine": "openvino", "device": "CPU", "static": False, "config": config}
+        session = {"engine": "openvino", "device": "CPU", "threads": threads, "static": False, "config": config}
     else:
         session = ort.prepare(load_target("local"), threads=threads, options={})
     inputs = str(each.examples(lengths).resolve())

@@ -73,6 +73,8 @@ def halved(teacher: Any) -> Any:
     for place, layer in enumerate(kept):
         layers[place] = layer
     model.config.num_hidden_layers = len(kept)
+    # A teacher that edgekd has trained says there how many layers it has.
+    vars(model.config).pop("edgekd", None)
     return model
 
 
