@@ -325,8 +325,21 @@ def contestants(options: argparse.Namespace, setup: Any) -> list[Contestant]:
                 facts = json.loads((folder / "facts.json").read_text())
                 file = folder / facts["file"] if "file" in facts else None
                 found.append(Contestant(name=name, peer=peer, facts=facts, file=file, inputs=inputs))
-    runs = [*(options.work / f"edgekd-{speedup:g}x" for speedup in options.make_edgekd), *options.edgekd]
-    return [*found, *(each for run in runs for each in bundles(options, setup, run))]
+    for speedup in options.make_edgekd:
+        name = f"edgekd-{speedup:g}x"
+        own = list(bundles(options, setup, options.work / name))
+        missing = {"failed": f"there is no bundle; {name}.log says why", "settings": {"budget": {"speedup": speedup}}}
+        left = Contestant(name=name.replace("-", "_"), peer="edgekd", facts=missing, file=None, inputs=inputs)
+        found += own or [left]
+    for folder in options.edgekd:
+        own = list(bundles(options, setup, folder))
+        if not own:
+            raise SystemExit(f"{folder} is neither a bundle nor a run with one")
+        found += own
+    names = [each.name for each in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SystemExit(f"more than one run is called {', '.join(sorted(twice))}: rename their folders")
+    return found
 
 
 def bundles(options: argparse.Namespace, setup: Any, folder: Path) -> Iterator[Contestant]:
@@ -335,8 +348,6 @@ def bundles(options: argparse.Namespace, setup: Any, folder: Path) -> Iterator[C
     from edgekd.target import load_target
 
     places = [folder] if (folder / MANIFEST).is_file() else sorted(folder.glob("bundle*/"))
-    if not places:
-        raise SystemExit(f"{folder} is neither a bundle nor a run with one")
     stem = folder.resolve().parent.name if folder.name == "bundle" else folder.resolve().name
     for place in places:
         manifest = read_manifest(place)
