@@ -212,6 +212,10 @@ class Contestant:
         padded = self.inputs / "test-padded.npz"
         return padded if self.facts.get("fixed") and padded.is_file() else self.inputs / f"test-{lengths}.npz"
 
+    def logits(self, lengths: str) -> str:
+        """The name of the file with what it says to those."""
+        return f"{self.name}-{self.examples(lengths).stem.removeprefix('test-')}.npz"
+
 
 def make_all(options: argparse.Namespace, setup: Any) -> None:
     """The float graph, the inputs, and what every peer makes of them."""
@@ -392,7 +396,7 @@ def score_all(options: argparse.Namespace, setup: Any) -> None:
         for each in everything:
             if each.file is None:
                 continue
-            file = folder / f"{each.name}-{lengths}.npz"
+            file = folder / each.logits(lengths)
             told = file.with_suffix(".json")
             digest = sha256_file(each.file)
             if told.is_file() and json.loads(told.read_text())["sha256"] == digest:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-WIDTH, HEIGHT = 760, 460
-LEFT, RIGHT, TOP, BOTTOM = 60, 170, 24, 48
+WIDTH, HEIGHT = 860, 480
+LEFT, RIGHT, TOP, BOTTOM = 60, 230, 24, 48
 COLOURS = {
     "teacher": "#57606a", "ort": "#1b6ca8", "openvino": "#8a4fa3", "olive": "#3a7d44", "inc": "#b08800",
     "kd": "#6e4b2a", "edgekd": "#d1242f",
@@ -44,13 +44,30 @@ def draw(rows: Sequence[dict[str, Any]], *, across: str, up: str) -> str:
     lines.append(text(8, 14, up, "start"))
     corners = " ".join(f"{x(row['speedup']):.1f},{y(100 * row['retained']):.1f}" for row in front(drawn))
     lines.append(f'<polyline points="{corners}" fill="none" stroke="#c4cad1" stroke-width="1.5"/>')
-    for row in drawn:
+    taken: list[tuple[float, float, float]] = []
+    for row in sorted(drawn, key=lambda row: (y(100 * row["retained"]), row["speedup"])):
         colour = COLOURS.get(row["peer"], "#000000")
         place = x(row["speedup"]), y(100 * row["retained"])
-        below = " (lower)" if 100 * row["retained"] < low else ""
+        words = row["title"] + (" (lower)" if 100 * row["retained"] < low else "")
+        left, line = place[0] + 9, free(taken, place[0] + 9, place[1] + 4, len(words))
         lines.append(f'<circle cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="4" fill="{colour}"/>')
-        lines.append(text(place[0] + 7, place[1] + 4, row["title"] + below, "start", colour))
+        lines.append(
+            f'<line x1="{place[0]:.1f}" y1="{place[1]:.1f}" x2="{left - 1:.1f}" y2="{line - 4:.1f}" '
+            f'stroke="{colour}" stroke-width="0.7"/>'
+        )
+        lines.append(text(left, line, words, "start", colour))
     return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def free(taken: list[tuple[float, float, float]], left: float, line: float, letters: int) -> float:
+    """The line nearest to one wished where words of so many letters cover none of those `taken`, to which they go."""
+    right = left + 5.6 * letters
+    for step in range(60):
+        wished = line + (step + 1) // 2 * 6 * (1 if step % 2 else -1)
+        if all(abs(wished - other) >= 12 or right < start or end < left for start, end, other in taken):
+            break
+    taken.append((left, right, wished))
+    return wished
 
 
 def front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -55,6 +55,8 @@ class Entry(Protocol):
 
     def examples(self, lengths: str) -> Path: ...
 
+    def logits(self, lengths: str) -> str: ...
+
 
 def report(options: argparse.Namespace, entries: Sequence[Entry]) -> None:
     """Write all files and print the table of every condition."""
@@ -100,7 +102,7 @@ def rows_of(
     teacher = hits_of(options, entries[0], lengths)
     for each in entries:
         size = each.size_bytes
-        scored = read(options.work / "logits" / f"{each.name}-{lengths}.json")
+        scored = read((options.work / "logits" / each.logits(lengths)).with_suffix(".json"))
         ran = {**scored.get("failed", {}), **told.get("failed", {})}
         row = {
             "name": each.name,
@@ -133,7 +135,7 @@ def title_of(each: Entry) -> str:
 
 def hits_of(options: argparse.Namespace, each: Entry, lengths: str) -> Any:
     """Which test examples an artifact gets right [N]; None where it was not scored."""
-    file = options.work / "logits" / f"{each.name}-{lengths}.npz"
+    file = options.work / "logits" / each.logits(lengths)
     if not file.is_file():
         return None
     with np.load(file) as archive, np.load(each.examples(lengths)) as inputs:
