@@ -21,7 +21,7 @@ from make_ort import quantize_fused
 from torch.nn import functional
 
 from edgekd.export.onnx import export_float
-from edgekd.student import load_student
+from edgekd.student import copy_processor, load_student
 from edgekd.tasks import get_task, infer_task
 
 TEMPERATURE, BATCH, WARMUP, DECAY = 2.0, 32, 0.1, 0.01
@@ -45,6 +45,7 @@ def distill(request: Request, folder: Path, *, epochs: int) -> Made:
             model = halved(teacher.model)
             fit(model, train, targets, epochs=epochs, rate=rate)
             model.save_pretrained(kept)
+            copy_processor(teacher.processor_dir, kept)
             accuracy = float((answers(model, validation).argmax(axis=1) == validation.labels).mean())
             (kept / "facts.json").write_text(json.dumps({"validation": accuracy}))
             print(f"{epochs} epochs, {rate:g}: validation {accuracy:.4f}", flush=True)
