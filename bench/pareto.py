@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import digits_teacher, fingerprint, require_own_work
 from peers.report import report
 
 HERE = Path(__file__).parent
@@ -83,8 +84,9 @@ def main() -> int:
     options.work = options.work.resolve()
     options.environments = (options.environments or options.work / "environments").resolve()
     if options.teacher is None:
-        options.teacher = digits_teacher(options.work / "teacher", options.data)
-    require_own_work(options)
+        options.teacher = Path(digits_teacher(options.work / "teacher", options.data))
+    own = {name: getattr(options, name) for name in ("data", "calibration", "sequence", "limit")}
+    require_own_work(options.work, {"teacher": fingerprint(str(options.teacher)), **own})
     setup = prepared(options)
     if setup.task.kind != "text":
         options.peers = [peer for peer in options.peers if peer not in TEXT_ONLY]
@@ -100,29 +102,6 @@ def main() -> int:
     if options.phase in ("report", "all"):
         report(options, contestants(options, setup))
     return 0
-
-
-def digits_teacher(folder: Path, data: str) -> Path:
-    from edgekd.context import Silent
-    from edgekd.data import DataSpec
-    from edgekd.distill.finetune import Finetune, finetune
-
-    if not (folder / "finetune.json").is_file():
-        settings = Finetune(epochs=18, batch_size=64)
-        finetune("scratch:vit", DataSpec(path=data), folder, settings=settings, seed=0, progress=Silent())
-    return folder
-
-
-def require_own_work(options: argparse.Namespace) -> None:
-    """Refuse a work folder of another teacher, data or other settings: what is in it is taken as it is."""
-    from edgekd.files import sha256_folder
-
-    file = options.work / "settings.json"
-    asked = {name: getattr(options, name) for name in ("data", "calibration", "sequence", "limit")}
-    settings = {"teacher": sha256_folder(options.teacher), **asked}
-    if file.is_file() and json.loads(file.read_text()) != settings:
-        raise SystemExit(f"{options.work} was made with other settings: choose another --work")
-    file.write_text(json.dumps(settings))
 
 
 def prepared(options: argparse.Namespace) -> Any:
