@@ -208,7 +208,10 @@ def pretend(monkeypatch, medians, *later):
     return asked
 
 
-MEDIANS = {"teacher": 8.0, "before/fp32_fused": 4.0, "before/fp32": 5.0, "after/fp32_fused": 3.0, "after/fp32": 2.0}
+MEDIANS = {
+    "teacher": 8.0, "before/fp32_fused": 4.0, "before/fp32_lean": 4.5, "before/fp32": 5.0,
+    "after/fp32_fused": 3.0, "after/fp32_lean": 2.5, "after/fp32": 2.0,
+}  # fmt: skip
 
 
 def test_both_sides_and_the_teacher_take_turns_and_the_fastest_form_of_each_counts(
@@ -217,7 +220,7 @@ def test_both_sides_and_the_teacher_take_turns_and_the_fastest_form_of_each_coun
     asked = pretend(monkeypatch, MEDIANS)
     before, after = weigh(scale(setup), setup.teacher, pruned, tmp_path)
     assert len(asked) == 1, "one run"
-    assert len(asked[0]) == 5
+    assert len(asked[0]) == 7
     assert (before.lowering, after.lowering) == ("fp32_fused", "fp32")
     assert before.latency["p50_ms"] == pytest.approx(4, rel=1e-2)
     assert after.latency["speedup"] == pytest.approx(4, rel=1e-2)
@@ -233,10 +236,10 @@ def test_both_sides_and_the_teacher_take_turns_and_the_fastest_form_of_each_coun
 
 @pytest.mark.parametrize(("second", "gained"), [(3.9, True), (4.02, False)])
 def test_a_small_gain_must_show_in_a_second_process_too(setup, pruned, monkeypatch, tmp_path, second, gained):
-    slow = {"fp32/": 9.0, "teacher": 8.0, "before": 4.0}
+    slow = {"fp32/": 9.0, "fp32_lean/": 9.0, "teacher": 8.0, "before": 4.0}
     asked = pretend(monkeypatch, {**slow, "after": 3.92}, {**slow, "after": second})
     _, after = weigh(scale(setup), setup.teacher, pruned, tmp_path)
-    assert [len(files) for files in asked] == [5, 3], "the second run has the chosen forms only"
+    assert [len(files) for files in asked] == [7, 3], "the second run has the chosen forms only"
     low, high = after.latency["ratio_ci99"]
     assert low <= min(3.92, second) / 4 + 1e-3
     assert high >= max(3.92, second) / 4 - 1e-3
