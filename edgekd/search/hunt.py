@@ -120,8 +120,23 @@ class Hunt:
 
     def refined(self, plan: Arch) -> Arch | None:
         """A shape near the best of the measured ones that keep the layers of `plan`, in the size that should fit."""
-        near = min(self.alike(plan), key=lambda known: abs(self.measured[known] - self.aim))
-        return self.pool.fitted(near, self.corrected(near), avoid=list(self.measured))
+        alike = self.alike(plan)
+        near = min(alike, key=lambda known: abs(self.measured[known] - self.aim))
+        return self.pool.fitted(near, self.between(alike) or self.corrected(near), avoid=list(self.measured))
+
+    def between(self, shapes: Sequence[Arch]) -> float | None:
+        """The limit on the line between the measured shapes next to the aim on either side; None if one side is empty.
+
+        One measurement may be off; to correct by the nearest alone would then end at the same size again and again.
+        """
+        below = [shape for shape in shapes if self.measured[shape] <= self.aim]
+        above = [shape for shape in shapes if self.measured[shape] > self.aim]
+        if not below or not above:
+            return None
+        low, high = max(below, key=self.measured.__getitem__), min(above, key=self.measured.__getitem__)
+        share = (self.aim - self.measured[low]) / (self.measured[high] - self.measured[low])
+        limit = self.predict(low) + share * (self.predict(high) - self.predict(low))
+        return limit if self.predict(low) < self.predict(high) else None
 
     def alike(self, plan: Arch) -> list[Arch]:
         """The measured shapes of the same kind (layers, residual stream, variant); all measured ones if none is."""

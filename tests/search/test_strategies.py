@@ -613,3 +613,17 @@ def test_without_a_winner_that_fits_the_best_finalist_within_the_budget_is_taken
     assert tournament.runner_up(first) == third
     hunt.measured = {first: 1.2, second: 1.1, third: 1.3}
     assert tournament.runner_up(second) == second
+
+
+def test_a_measurement_that_was_off_does_not_bring_back_the_same_size(tmp_path):
+    """The first seemed to need half of its time: what comes next lies between it and the one that was too slow."""
+    hunt, _ = hunt_of(cost, 1.0, tmp_path, Search(checks=6))
+    small, large = (replace(ARCH, layers=tuple(replace(x, neurons=n) for x in ARCH.layers)) for n in (32, 128))
+    hunt.measured = {small: 0.6, large: 1.4}
+    limit = hunt.between([small, large])
+    assert limit == pytest.approx(cost(small) + (hunt.aim - 0.6) / 0.8 * (cost(large) - cost(small)))
+    assert hunt.between([large]) is None
+    found = hunt.refined(large)
+    assert cost(small) < cost(found) <= limit
+    hunt.measured = {small: 1.4, large: 0.6}
+    assert hunt.between([small, large]) is None
