@@ -39,6 +39,7 @@ def sparsify(settings: Sparsify, student: Student, ctx: Context) -> Student:
     pattern = resolve(settings.pattern, ctx.target)
     if said := remark(settings.pattern, ctx.target):
         ctx.progress.say(f"sparsify: {said}")
+    settings = _comparable(settings, student, ctx)
     ctx = replace(ctx, teacher=_teacher(settings, student, ctx))
     own = replace(student, model=copy.deepcopy(student.model).eval())
     batches = [without_labels(each) for each in sample_batches(ctx.train, settings.calibration, seed=ctx.seed)]
@@ -89,6 +90,18 @@ def _teacher(settings: Sparsify, student: Student, ctx: Context) -> Student:
             "read the texts as other tokens and cannot be compared; leave `teacher: student`, the student's dense self"
         )
     return ctx.teacher
+
+
+def _comparable(settings: Sparsify, student: Student, ctx: Context) -> Sparsify:
+    """The settings without SquareHead where no states can be compared, unless the recipe says what to train on.
+
+    Where the first layer already drops tokens, the dense student keeps other ones than the sparse one.
+    """
+    usual = settings.losses == type(settings)().losses
+    if not (usual and settings.teacher == "student" and student.arch.layers[0].tokens):
+        return settings
+    ctx.progress.say("sparsify: both drop tokens from the first layer on, so states are not compared: no squarehead")
+    return replace(settings, losses={name: term for name, term in settings.losses.items() if name != "squarehead"})
 
 
 def _told(section: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:

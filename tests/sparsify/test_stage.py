@@ -238,6 +238,18 @@ def test_the_teacher_must_read_the_same_tokens(setup, ctx):
     assert Sparsify(**ONE_SHOT, teacher="teacher").run(setup.teacher, ctx).sparsity
 
 
+def test_a_student_that_drops_tokens_is_trained_without_states(setup, ctx):
+    """The dense student and the sparse one keep other tokens, so that nothing but logits can be compared."""
+    layers = setup.teacher.arch.layers
+    shape = replace(setup.teacher.arch, layers=(replace(layers[0], tokens=5), *layers[1:]))
+    importance = measure_importance(setup.teacher, sample_batches(ctx.train, 16, seed=0))
+    short = cut(setup.teacher, shape, importance)
+    settings = {"pattern": "2:4", "calibration": 16, "epochs": 1, "method": "magnitude"}
+    assert Sparsify(**settings).run(short, ctx).sparsity["pattern"] == "2:4"
+    with pytest.raises(RecipeError, match="share none"):
+        Sparsify(**settings, losses={"squarehead": 1.0}).run(short, ctx)
+
+
 def test_the_command_makes_a_sparse_folder_and_speaks_up(make_model, text_data, tmp_path):
     out = tmp_path / "sparse"
     common = ["sparsify", str(make_model("bert")), "--data", str(text_data), "--threads", "1", "--sequence", "16"]
