@@ -389,7 +389,7 @@ def test_finalists_are_distilled_once_and_the_front_is_kept(context, monkeypatch
     standings = context.notes["finalists"]
     assert [row["rung"] for row in standings] == [1, 1, 0]
     assert standings[0]["divergence"] <= standings[1]["divergence"]
-    assert len({row["shape"].split()[0] for row in standings}) == 2
+    assert len({row["shape"] for row in standings}) == 3
     assert {path.name for path in context.work.glob("front.*")} == {"front.json", "front.csv", "front.svg"}
     assert any(row["chosen"] for row in context.notes["front"])
     assert f"{plan.describe()}" == context.notes["shape"]
