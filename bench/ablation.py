@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from common import digits_teacher, fingerprint, head, mean_and_deviation, one_thread, require_own_work, write
 from common import surroundings as of_machine
+from pruning import teacher_graph, uniform
 
 INTEGER, FLOAT = "int8_dynamic_lean", "fp32_lean"
 KL: dict[str, Any] = {"forward_kl": {"weight": 1.0, "temperature": 2.0}}
@@ -96,13 +97,6 @@ def surroundings(options: argparse.Namespace, seed: int, work: Path) -> tuple[An
     return setup, replace(context, teacher_graph=teacher_graph(options, setup))
 
 
-def teacher_graph(options: argparse.Namespace, setup: Any) -> Path:
-    from edgekd.export.onnx import export_float
-
-    file: Path = options.work / "teacher.onnx"
-    return file if file.is_file() else export_float(setup.teacher, setup.task.name, file)
-
-
 def choose_shapes(options: argparse.Namespace) -> None:
     """What search finds, the same without changed operators, and one of equal layers as fast by prediction."""
     from edgekd.pipeline.stages import plain as unwrap
@@ -122,17 +116,6 @@ def choose_shapes(options: argparse.Namespace) -> None:
     facts |= {"seconds": time.monotonic() - began, "notes": unwrap(context.notes)}
     (options.work / "shapes.json").write_text(json.dumps(facts, indent=1))
     print(chosen.describe(), f"{facts['seconds']:.0f} s", flush=True)
-
-
-def uniform(arch: Any, limit: float, predict: Any) -> Any:
-    """All layers with the same share of heads and neurons, as wide as fits, or None."""
-    heads, neurons = arch.layers[0].heads, arch.layers[0].neurons
-    for step in range(neurons // 16, 0, -1):
-        layer = {"heads": max(round(heads * step * 16 / neurons), 1), "neurons": step * 16}
-        shape = replace(arch, layers=tuple(replace(each, **layer) for each in arch.layers))
-        if predict(shape) <= limit:
-            return shape
-    return None
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
