@@ -26,7 +26,7 @@ LOOSE = 0.95
 
 
 class Tournament:
-    """Finds finalists of different depths in the size that the budget allows, and lets short distillations decide."""
+    """Finds finalists of different kinds in the size that the budget allows, and lets short distillations decide."""
 
     def __init__(self, settings: Search, hunt: Hunt, student: Student, importance: Importance, ctx: Context) -> None:
         self.settings, self.hunt, self.student, self.importance, self.ctx = settings, hunt, student, importance, ctx
