@@ -1,10 +1,12 @@
 """Does search keep its word? Twenty latency budgets, and how the chosen shape does when it is measured again.
 
-    taskset -c 1 python bench/budgets.py [TEACHER] [--count 20] [--out bench/results/budgets.json]
+    taskset -c 1 python bench/budgets.py                          # a random MiniLM-sized BERT and made-up texts
+    taskset -c 1 python bench/budgets.py TEACHER --data DIR
 
 Search alone runs, without short distillations: what is asked here is whether the shape it chooses is within its budget,
 and not needlessly far below. Budgets are speedups from 1.5 to 12 over the teacher, every fourth given as a p95 in
-milliseconds instead, half of the students in float32 and half in int8. Every choice is built again and measured
+milliseconds instead, half of the students in float32 and half in int8, with the operators that a whole run puts in.
+Every choice is built again and measured
 in turns with the teacher, in a new process and for longer than search does. A budget is met if the measured share
 of it is at most 1, as medians (speedup) or p95 say; the ends of the intervals are reported beside it. Where the whole
 teacher in its new form is within the budget, nothing is cut, and less than 90 % may be used (`whole_teacher`).
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from dataclasses import replace
@@ -22,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import head
 
-from edgekd import host
 from edgekd.calibrate.bodies import bert, body_of_student
 from edgekd.context import Budget, Context, Silent
+from edgekd.data import DataSpec
 from edgekd.errors import BudgetError
 from edgekd.export.onnx import export_float
 from edgekd.files import write_json
 from edgekd.latency.bench import Settings, Subject, measure
 from edgekd.latency.stats import summarize
+from edgekd.operators import Operators
+from edgekd.pipeline.setup import prepare
 from edgekd.search import Search
 from edgekd.search.timing import build_graph, frame_for
 from edgekd.student import Student, load_student, read_config
@@ -43,14 +47,15 @@ AGAIN = Settings(blocks=200, min_runs=400, max_seconds=60.0, seed=99)
 
 
 class Tokens:
-    """Made-up texts as the model takes them: what search scores does not matter here."""
+    """Made-up texts as the model takes them: what search scores does not matter here, but how long they are."""
 
-    def __init__(self, count: int, length: int, vocabulary: int, names: tuple[str, ...]) -> None:
+    def __init__(self, count: int, longest: int, vocabulary: int, names: tuple[str, ...]) -> None:
+        generator = np.random.default_rng(0)
         self.names = names
-        self.lengths = np.full(count, length, dtype=np.int64)
+        self.lengths = generator.integers(longest // 8, longest, count, dtype=np.int64)
         self.labels = np.arange(count, dtype=np.int64) % 2
-        self.ids = np.random.default_rng(0).integers(5, vocabulary, (count, length))
-        self.fingerprint = f"made up {count} {length} {vocabulary}"
+        self.ids = generator.integers(5, vocabulary, (count, longest))
+        self.fingerprint = f"made up {count} {longest} {vocabulary}"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,8 +69,10 @@ class Tokens:
     def collate(self, indices: Any, length: int | None = None) -> dict[str, Any]:
         import torch
 
-        ids = torch.from_numpy(self.ids[indices])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        own = torch.from_numpy(self.lengths[indices])
+        mask = (torch.arange(length or int(own.max())) < own[:, None]).long()
+        ids = torch.from_numpy(self.ids[indices])[:, : mask.shape[1]] * mask
+        inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
         return {name: inputs[name] for name in self.names} | {"labels": torch.from_numpy(self.labels[indices])}
 
 
@@ -75,6 +82,7 @@ def main() -> None:
     parser.add_argument(
         "teacher", type=Path, nargs="?", help="a text model's folder [default: a random MiniLM-sized BERT]"
     )
+    parser.add_argument("--data", help="what `edgekd compress --data` takes [default: made-up texts]")
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the budgets to try [default: all]")
     parser.add_argument("--sequence", type=int, default=64)
@@ -104,7 +112,7 @@ def budgets(count: int, teacher_ms: float, arguments: argparse.Namespace) -> lis
     for i, speedup in enumerate(np.geomspace(FEWEST, MOST, count)):
         own = {"batch": 1, "sequence": arguments.sequence, "threads": arguments.threads}
         asked = {"latency_p95_ms": float(teacher_ms / speedup)} if i % 4 == 3 else {"speedup": float(speedup)}
-        found.append((Budget(**asked, **own), "fp32" if i % 2 else "int8_dynamic"))
+        found.append((Budget(**asked, **own), "fp32_lean" if i % 2 else "int8_dynamic_lean"))
     return found
 
 
@@ -120,11 +128,13 @@ def _context(teacher: Student, task_name: str, arguments: argparse.Namespace, fo
     config = teacher.model.config
     names = ("input_ids", "attention_mask", "token_type_ids")
     names = names if getattr(config, "type_vocab_size", 0) > 1 else names[:2]
-    data: Any = Tokens(SAMPLES, 24, int(config.vocab_size), names)
+    train: Any = Tokens(SAMPLES, arguments.sequence, int(config.vocab_size), names)
+    if arguments.data is not None:
+        train = prepare(arguments.teacher, DataSpec(path=arguments.data), progress=Silent()).train
     return Context(
-        teacher=teacher, task=task, processor=None, train=data, validation=data, test=None,
+        teacher=teacher, task=task, processor=None, train=train, validation=train, test=None,
         target=probe(load_target("local")), budget=Budget(sequence=arguments.sequence, threads=arguments.threads),
-        work=folder, cache=folder / "cache", progress=Silent(),
+        work=folder, cache=folder / "cache", progress=Silent(), reshape=Operators().reshape,
         teacher_graph=export_float(body_of_student(teacher, task_name).student, task_name, folder / "teacher.onnx"),
     )  # fmt: skip
 
@@ -156,7 +166,7 @@ def _tried(ctx: Context) -> dict[str, Any]:
     assert plan is not None
     assert ctx.teacher_graph is not None
     body = body_of_student(ctx.teacher, ctx.task.name)
-    file = build_graph(body, plan, frame_for(body, ctx), ctx, ctx.work / "again.onnx")
+    file = build_graph(body, ctx.reshape(plan), frame_for(body, ctx), ctx, ctx.work / "again.onnx")
     subjects = [Subject(name="teacher", path=ctx.teacher_graph), Subject(name="student", path=file)]
     teacher, sample = _measured(ctx, subjects, AGAIN)
     seen = summarize(sample, target=ctx.target.name, baseline=teacher)
@@ -180,8 +190,9 @@ def _tried(ctx: Context) -> dict[str, Any]:
 def _write(arguments: argparse.Namespace, teacher: Student, rows: list[dict[str, Any]]) -> None:
     chosen = [row for row in rows if "used" in row]
     facts = {
-        "command": "python bench/budgets.py", "cpu": host.cpu_name(), "python": platform.python_version(),
-        "teacher": arguments.teacher.name if arguments.teacher else "random BERT", "shape": teacher.arch.describe(),
+        **head(),
+        "teacher": arguments.teacher.name if arguments.teacher else "random BERT",
+        "data": Path(arguments.data).name if arguments.data else "made up", "shape": teacher.arch.describe(),
         "sequence": arguments.sequence, "threads": arguments.threads, "tried": len(rows), "chosen": len(chosen),
         "under": sum(row["under"] for row in chosen), "within_10": sum(row["within_10"] for row in chosen),
         "whole_teacher": sum(row["whole"] for row in chosen), "rows": rows,

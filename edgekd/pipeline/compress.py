@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ def compress(recipe: Recipe, out: str | Path, *, fresh: bool = False, progress: 
         EdgekdError: as the stages, the data and the store raise them; nothing half-written counts as finished.
     """
     progress = progress or Silent()
-    targets = [probe(load_target(name)) for name in recipe.targets]
+    # What was probed must not part runs whose budget says how many threads: they may see different cores.
+    probed = [probe(load_target(name)) for name in recipe.targets]
+    targets = [replace(target, threads=recipe.budget.threads or target.threads) for target in probed]
     run = RunFolder(out)
     try:
         with run.lock():
