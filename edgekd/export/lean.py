@@ -36,19 +36,18 @@ def lean(graph: Any) -> Any:
     return fold_sizes(made)
 
 
-def lean_integer(graph: Any, *, spans: Spans | None = None, kept: Collection[str] = (), embeddings: bool = True) -> Any:
-    """The same in 8 bits: linear layers as integer products, tables of embeddings with a scale for every row.
+def lean_integer(graph: Any, *, spans: Spans | None = None, kept: Collection[str] = (), table_bits: int = 8) -> Any:
+    """The same in 8 bits: linear layers as integer products, tables of embeddings as integers.
 
     Args:
         graph: float32 ModelProto; it is not changed.
         spans: ranges of the inputs of linear layers by the name of their node; an input without one, or all if None,
             is quantized by its own minimum and maximum at every run.
         kept: names of nodes that stay float.
-        embeddings: whether tables are stored in 8 bits.
+        table_bits: see `integer_tables`.
     """
     made = lean(graph)
     integer_linears(made, spans=spans, kept=kept)
-    if embeddings:
-        integer_tables(made, kept=kept)
+    integer_tables(made, kept=kept, bits=table_bits)
     cheapen_gelu(made)
     return made

@@ -58,7 +58,7 @@ class Wishes:
     spans: Ranges
     keep_float: Collection[str]
     kept: frozenset[str]
-    embeddings: bool
+    table_bits: int
     model_type: str
     symmetric: bool
     weights: tuple[Grid, bool] | None
@@ -83,7 +83,7 @@ def lower(
     ranges: Ranges | None = None,
     activations: Ranges | None = None,
     keep_float: Collection[str] = (),
-    embeddings: bool = True,
+    table_bits: int = 8,
     model_type: str = "",
     batch: int | None = None,
     sequence: int | None = None,
@@ -99,7 +99,7 @@ def lower(
         ranges: activation ranges of `calibrate`, for the lowerings of `CALIBRATED`.
         activations: trained ranges of the inputs of linear layers and convolutions, by module; they win over `ranges`.
         keep_float: modules whose products stay float in any int8 or int4 form, with all that is within them.
-        embeddings: whether dynamic and static int8 forms store tables in 8 bits with a scale for every row.
+        table_bits: of tables of embeddings in dynamic, static and weight-only forms: 8, 4, or 0, which is float32.
         model_type: transformers model type; chooses the attention fusion.
         batch: fix all shapes, with this batch; None leaves free dimensions free.
         sequence: the sequence length to fix shapes with, for models that have one.
@@ -127,7 +127,7 @@ def lower(
             spans=spans_by_node(graph, ranges or {}, activations or {}),
             keep_float=keep_float,
             kept=frozenset(kept_nodes(graph, keep_float)),
-            embeddings=embeddings,
+            table_bits=table_bits,
             model_type=model_type,
             symmetric=symmetric,
             weights=grid_of_form(lowering, weights) if lowering in WEIGHT_ONLY else None,
@@ -149,13 +149,13 @@ def _fp32_fused(graph: Any, wishes: Wishes) -> Any:
 
 
 def _int8_dynamic(graph: Any, wishes: Wishes) -> Any:
-    return portable.dynamic(graph, wishes.scratch, kept=wishes.kept, embeddings=wishes.embeddings)
+    return portable.dynamic(graph, wishes.scratch, kept=wishes.kept, table_bits=wishes.table_bits)
 
 
 def _int8_dynamic_fused(graph: Any, wishes: Wishes) -> Any:
     fused = fuse(graph, wishes.model_type)
     kept = {*wishes.kept, *kept_nodes(fused, wishes.keep_float, strict=False)}
-    made = portable.dynamic(fused, wishes.scratch, kept=kept, embeddings=wishes.embeddings)
+    made = portable.dynamic(fused, wishes.scratch, kept=kept, table_bits=wishes.table_bits)
     keep_residuals_apart(made)
     return made
 
@@ -167,18 +167,18 @@ def _int8_static(graph: Any, wishes: Wishes) -> Any:
         ranges={**wishes.ranges, **wishes.trained},
         spans=wishes.spans,
         kept=wishes.kept,
-        embeddings=wishes.embeddings,
+        table_bits=wishes.table_bits,
     )
     keep_residuals_apart(made)
     return made
 
 
 def _int8_dynamic_lean(graph: Any, wishes: Wishes) -> Any:
-    return lean_integer(graph, kept=wishes.kept, embeddings=wishes.embeddings)
+    return lean_integer(graph, kept=wishes.kept, table_bits=wishes.table_bits)
 
 
 def _int8_static_lean(graph: Any, wishes: Wishes) -> Any:
-    return lean_integer(graph, spans=wishes.spans, kept=wishes.kept, embeddings=wishes.embeddings)
+    return lean_integer(graph, spans=wishes.spans, kept=wishes.kept, table_bits=wishes.table_bits)
 
 
 def _weights_alone(graph: Any, wishes: Wishes) -> Any:
@@ -186,8 +186,7 @@ def _weights_alone(graph: Any, wishes: Wishes) -> Any:
         raise RecipeError("a form with quantized weights alone needs to know how they are rounded")
     grid, chosen = wishes.weights
     made = pack_linears(lean(graph), grid, wishes.keep_float, chosen=chosen)
-    if wishes.embeddings:
-        integer_tables(made, kept=kept_nodes(made, wishes.keep_float, strict=False))
+    integer_tables(made, kept=kept_nodes(made, wishes.keep_float, strict=False), bits=wishes.table_bits)
     cheapen_gelu(made)
     return made
 

@@ -52,6 +52,10 @@ class Grid:
         return asdict(self)
 
 
+TABLE_GRID = Grid(bits=4, group=32)
+"""Of embedding tables in 4 bits."""
+
+
 @dataclass(frozen=True)
 class Blocks:
     """The whole numbers of a matrix `[N, K]`, without a common factor in any group, scales and zero points `[N, G]`.

@@ -57,6 +57,8 @@ def needs(graph: Any | Path) -> dict[str, Any]:
     opset = next((item.version for item in model.opset_import if item.domain in STANDARD), 1)
     domains = sorted({node.domain for node in _nodes(model.graph)} - set(STANDARD))
     version = next((version for since, version in ONNXRUNTIME if opset >= since), ONNXRUNTIME[-1][1])
+    if any(node.op_type == "GatherBlockQuantized" for node in _nodes(model.graph)):
+        version = ONNXRUNTIME[0][1]
     return {"opset": opset, "domains": domains, "onnxruntime": f">={version}", "session_options": {}}
 
 

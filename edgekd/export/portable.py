@@ -16,14 +16,14 @@ from edgekd.export.static import drop_unused
 Spans = Mapping[str, tuple[float, float]]
 
 
-def dynamic(graph: Any, scratch: Path, *, kept: Collection[str] = (), embeddings: bool = True) -> Any:
+def dynamic(graph: Any, scratch: Path, *, kept: Collection[str] = (), table_bits: int = 8) -> Any:
     """Integer products by onnxruntime's quantizer, activations by their own minimum and maximum at every run.
 
     Args:
         graph: float32 ModelProto, perhaps with onnxruntime's fused attention; it may be changed.
         scratch: an existing folder for passing files.
         kept: names of nodes that stay float.
-        embeddings: whether tables are stored in 8 bits.
+        table_bits: see `integer_tables`.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -39,8 +39,7 @@ def dynamic(graph: Any, scratch: Path, *, kept: Collection[str] = (), embeddings
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
     )
     made = onnx.load(target)
-    if embeddings:
-        integer_tables(made, kept=kept)
+    integer_tables(made, kept=kept, bits=table_bits)
     return made
 
 
@@ -51,7 +50,7 @@ def static(
     ranges: Spans,
     spans: Spans,
     kept: Collection[str] = (),
-    embeddings: bool = True,
+    table_bits: int = 8,
 ) -> Any:
     """Q/DQ pairs with given scales before linear layers and around convolutions; all else stays float.
 
@@ -61,13 +60,12 @@ def static(
         ranges: minimum and maximum by tensor, for convolutions.
         spans: the same for the inputs of linear layers, by the name of their node; one without stays float.
         kept: names of nodes that stay float.
-        embeddings: whether tables are stored in 8 bits.
+        table_bits: see `integer_tables`.
     """
     qdq_linears(graph, spans, kept=kept)
     if any(node.op_type == "Conv" for node in graph.graph.node):
         graph = _qdq_convolutions(graph, scratch, ranges, kept)
-    if embeddings:
-        integer_tables(graph, kept=kept)
+    integer_tables(graph, kept=kept, bits=table_bits)
     return graph
 
 

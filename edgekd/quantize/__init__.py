@@ -26,6 +26,7 @@ FORMS = tuple(
     )
 )
 CHOICES = ("auto", "int8", *FORMS)
+TABLE_BITS: Literal[8] = 8
 LEAST_GROUP = 16
 """The smallest group of inputs with a scale of its own that MatMulNBits knows."""
 
@@ -49,9 +50,10 @@ class Quantize:
     labels. `tune` lets neural-compressor choose bits and groups of the weights by the metric.
 
     `weight_bits` 4 keeps the weights in groups of `group` inputs with one scale each (0: 32 of them; with 8 bits the
-    whole row); 2 is ternary, which needs training. `activations` limits the forms to those with `static` or `dynamic`
-    ranges; unset: what the form needs. `attention` and `embeddings` put the attention products and the word table
-    under the same rounding.
+    whole row); 2 is ternary, which needs training. Tables of embeddings have 8 `table_bits` and a scale for each row,
+    or 4 and one for every 32 values. `activations` limits the forms to those with `static` or `dynamic` ranges; unset:
+    what the form needs. `attention` and `embeddings` put the attention products and the word table under the same
+    rounding.
 
     With `epochs`, `teacher` says who teaches: the run's `teacher`, or the float `student` itself. `freeze_ranges` is
     the share of the steps after which ranges stand still, `learned` learns the step sizes (LSQ). The others mean
@@ -71,6 +73,7 @@ class Quantize:
     tune: bool = False
     weight_bits: Literal[8, 4, 2] = 8
     group: int = 0
+    table_bits: Literal[8, 4] = TABLE_BITS
     activations: Literal["dynamic", "static"] | None = None
     attention: bool = False
     embeddings: bool = False

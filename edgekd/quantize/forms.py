@@ -104,6 +104,8 @@ def _remembered(student: Student, form: str) -> dict[str, Any]:
         told["activations"] = {name: (low, high) for name, (low, high) in activations.items()}
     if own.get("lowering", form) == form and own.get("keep_float"):
         told["keep_float"] = tuple(own["keep_float"])
+    if "table_bits" in own:
+        told["table_bits"] = own["table_bits"]
     if form in WEIGHT_ONLY:
         told["weights"] = own.get("weights") or _trained_grid(own.get("scheme") or {}, form)
     return told

@@ -14,7 +14,7 @@ from edgekd.errors import ModelError, TargetError
 from edgekd.export.lower import precision_of
 from edgekd.export.nbits import NEAREST, WEIGHT_ONLY, Grid, grid_of_form, grid_of_module, nearest
 from edgekd.export.onnx import export_float
-from edgekd.quantize import Quantize, candidates
+from edgekd.quantize import TABLE_BITS, Quantize, candidates
 from edgekd.quantize.bias import Rounding, as_they_are, correct_biases
 from edgekd.quantize.forms import needs_examples
 from edgekd.quantize.linear import Inputs, copied, observe_inputs, rounded
@@ -100,6 +100,8 @@ class Sources:
             more = {**more, "smooth": self.settings.smooth}
         if student.model is not self.trained.model:
             more = {**more, "prepared": True}
+        if self.settings.table_bits != TABLE_BITS:
+            more = {**more, "table_bits": self.settings.table_bits}
         return replace(student, quantization={**kept, **more} or None)
 
     def _eight_bits(self) -> Student:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 GROUP = 32
 """Inputs that share a scale with 4 bits where the form has groups, unless the settings say otherwise."""
 TABLES = ("int8_dynamic", "int8_static", "int8_weights", "int4_weights")
-"""How the names of forms begin that keep embeddings in 8 bits with a scale for every row."""
+"""How the names of forms begin that keep embeddings as integers."""
 
 
 def train_quantized(settings: Quantize, student: Student, ctx: Context) -> Student:
@@ -105,6 +105,7 @@ def scheme_of(settings: Quantize, student: Student, target: Target) -> Scheme:
         symmetric=target.symmetric and ranges == "static",
         attention=settings.attention,
         embeddings=settings.embeddings or any(form.startswith(TABLES) for form in forms),
+        embedding_bits=settings.table_bits,
         keep_float=tuple(kept),
     )
 

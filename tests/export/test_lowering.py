@@ -27,7 +27,9 @@ from edgekd.export.operators import needs
 from edgekd.export.rewrite import sort_nodes
 from edgekd.export.rows import keep_first_rows
 from edgekd.export.sizes import Sizes, fold_sizes
+from edgekd.export.static import declare_domains
 from edgekd.families.compact import install
+from edgekd.quantize.fake.grid import snap_rows
 from edgekd.student import Student, load_student
 
 TEXT = ("bert", "roberta", "electra", "distilbert")
@@ -272,8 +274,38 @@ def test_tables_have_a_scale_for_every_row_and_come_back_exactly(exported, form:
     options.log_severity_level = 3
     session = ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(session.run([output], feeds)[0], (integers * scales)[feeds["input_ids"]])
-    floats = lower(file, tmp_path / "float.onnx", form, ranges=ranges, model_type="bert", embeddings=False)
+    floats = lower(file, tmp_path / "float.onnx", form, ranges=ranges, model_type="bert", table_bits=0)
     assert name in constants_of(onnx.load(floats))
+
+
+@pytest.mark.parametrize("width", [32, 80, 18])
+def test_tables_of_4_bits_come_back_as_the_nearest_of_their_grid(width: int) -> None:
+    table = np.random.default_rng(0).normal(size=(40, width)).astype(np.float32)
+    table[3] = 0.0
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", width])
+    node = helper.make_node("Gather", ["table", "ids"], ["y"], "rows")
+    graph = helper.make_graph([node], "g", [ids], [y], [numpy_helper.from_array(table, "table")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    assert integer_tables(model, bits=4) == 1
+    session = ort.InferenceSession(declare_domains(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    seen = session.run(["y"], {"ids": np.arange(40)})[0]
+    wanted = snap_rows(torch.from_numpy(table), bits=4).numpy()
+    # Scales and results are of half precision; a weight halfway between two integers may go to either.
+    step = np.repeat(np.abs(wanted).reshape(40, -1).max(1, keepdims=True) / 7, width, axis=1)
+    assert (np.abs(seen - table) <= 0.51 * step + 1e-3).all()
+    assert np.isclose(seen, wanted, rtol=2e-3, atol=1e-4).mean() > 0.99
+    assert constants_of(model)["table_quantized"].nbytes == table.size // 2
+
+
+def test_a_table_of_odd_width_keeps_8_bits() -> None:
+    table = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5])
+    node = helper.make_node("Gather", ["table", "ids"], ["y"], "rows")
+    model = helper.make_model(helper.make_graph([node], "g", [ids], [y], [numpy_helper.from_array(table, "table")]))
+    assert integer_tables(model, bits=4) == 1
+    assert constants_of(model)["table_quantized"].dtype == np.int8
 
 
 def test_a_table_that_something_else_reads_stays_float() -> None:

@@ -110,9 +110,7 @@ def test_running_again_does_nothing_and_says_so(finished, make_recipe):
     assert (finished.folder / "bundle" / "edgekd.json").stat().st_mtime_ns == before
 
 
-def test_a_run_of_so_many_threads_is_taken_up_where_the_process_may_use_other_cores(
-    finished, make_recipe, monkeypatch
-):
+def test_a_run_of_so_many_threads_is_taken_up_where_the_process_may_use_other_cores(finished, make_recipe, monkeypatch):
     monkeypatch.setattr("edgekd.host.usable_cores", lambda *_: 7)
     lines = Lines()
     compress(make_recipe(), finished.folder, progress=lines)

@@ -536,6 +536,6 @@ def test_a_scheme_survives_json() -> None:
     assert Scheme.from_dict(scheme.to_dict()) == scheme
     with pytest.raises(RecipeError, match="bits_of_weights"):
         Scheme.from_dict({"bits_of_weights": 8})
-    for wrong in ({"weight_bits": 3}, {"activations": "sometimes"}, {"activation_bits": 4}, {"embedding_bits": 4}):
+    for wrong in ({"weight_bits": 3}, {"activations": "sometimes"}, {"activation_bits": 4}, {"embedding_bits": 3}):
         with pytest.raises(RecipeError):
             Scheme(**wrong)

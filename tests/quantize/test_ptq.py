@@ -18,7 +18,7 @@ from edgekd.export.onnx import export_float
 from edgekd.export.parity import onnx_logits, torch_logits
 from edgekd.quantize import Quantize, candidates
 from edgekd.quantize.bias import as_they_are, correct_biases
-from edgekd.quantize.forms import find_ranges
+from edgekd.quantize.forms import find_ranges, write_form
 from edgekd.quantize.linear import channel_scales, linear_layers, observe_inputs, rounded
 from edgekd.quantize.observers import OBSERVERS, Seen, find
 from edgekd.quantize.ptq import Candidate, choose
@@ -489,3 +489,24 @@ def test_settings_of_the_grid_reach_the_file(bert, make_context) -> None:
     assert (told["bits"], told["block_size"], told["accuracy_level"]) == (4, 16, 4)
     tables = {t.name: numpy_helper.to_array(t) for t in onnx.load(context.work / "int4_weights.onnx").graph.initializer}
     assert all(table.dtype != np.float32 or table.size < 2000 for table in tables.values())
+
+
+@pytest.mark.parametrize("form", ["int8_dynamic", "int8_static", "int4_weights"])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_tables_of_4_bits_reach_the_file_and_are_remembered(bert, make_context, form: str, epochs: int) -> None:
+    context = make_context()
+    result = Quantize(lowering=form, table_bits=4, epochs=epochs, batch_size=8, tolerance=0.9, fallback=False).run(
+        bert, context
+    )
+    assert result.quantization is not None
+    assert result.quantization["table_bits"] == 4
+    graph = export_float(result, TASK, context.work / "again.onnx")
+    ranges = find_ranges(graph, form, context.train) if form == "int8_static" else None
+    file = write_form(result, graph, form, context.work / "form.onnx", ranges=ranges)
+    loaded = onnx.load(file).graph
+    [table] = [node for node in loaded.node if node.op_type == "GatherBlockQuantized" and "word_embed" in node.name]
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in loaded.initializer}
+    own = result.model.get_input_embeddings().weight
+    assert stored[table.input[0]].shape == (own.shape[0], own.shape[1] // 2)
+    difference = np.abs(onnx_logits(file, context.validation) - onnx_logits(graph, context.validation))
+    assert difference.max() < 0.5 * np.abs(onnx_logits(graph, context.validation)).max()

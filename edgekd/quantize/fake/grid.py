@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgekd.export.nbits import TABLE_GRID
+
 TERNARY_THRESHOLD = 0.7
 
 
@@ -89,9 +91,10 @@ def straight_through(rounded: Tensor, values: Tensor) -> Tensor:
 
 
 def snap_rows(rows: Tensor, *, bits: int = 8) -> Tensor:
-    """Round table rows `[…, D]`, each with a scale of its own: 8 bits, or ternary with 2."""
+    """Round table rows `[…, D]`: 8 bits or ternary (2) with a scale for every row, 4 with one for 32 values."""
     flat = rows.reshape(-1, rows.shape[-1])
-    snapped = ternary(flat, per_row=True) if bits == 2 else snap_weight(flat, bits=bits)
+    group = TABLE_GRID.group if bits == TABLE_GRID.bits else 0
+    snapped = ternary(flat, per_row=True) if bits == 2 else snap_weight(flat, bits=bits, group=group)
     return snapped.view(rows.shape)
 
 

@@ -23,8 +23,8 @@ class Scheme:
     (TWN), one scale for a matrix. Weights outside of the residual layers keep at least 8 bits. `activations` have
     ranges of each example (`dynamic`), ranges that stand (`static`), or stay float (`none`); they are unsigned with a
     zero point, or `symmetric` signed. `attention` adds both operands of the two attention products. `embeddings` has
-    the tables in 8 bits with a scale per row, or ternary with `embedding_bits` 2. `keep_float` names modules that stay
-    as they are, with all that is within them.
+    the tables in 8 bits with a scale per row, in 4 in groups of 32, or ternary (`embedding_bits`). `keep_float` names
+    modules that stay as they are, with all that is within them.
     """
 
     weight_bits: int = 8
@@ -45,8 +45,8 @@ class Scheme:
         """
         if self.weight_bits not in WEIGHT_BITS:
             raise RecipeError(f"weight_bits must be 8, 4 or 2 (ternary), not {self.weight_bits!r}")
-        if self.embedding_bits not in (8, 2):
-            raise RecipeError(f"embedding_bits must be 8 or 2 (ternary), not {self.embedding_bits!r}")
+        if self.embedding_bits not in (8, 4, 2):
+            raise RecipeError(f"embedding_bits must be 8, 4 or 2 (ternary), not {self.embedding_bits!r}")
         if self.activation_bits not in (8, 16):
             raise RecipeError(f"activation_bits must be 8 or 16, not {self.activation_bits!r}")
         if self.activations not in ACTIVATIONS:
