@@ -18,11 +18,12 @@ from edgekd.context import Progress, Silent
 from edgekd.data import DataSpec, Examples, Splits, load_splits, require_labels
 from edgekd.distill.augment import AUGMENTATIONS
 from edgekd.distill.bounds import problems
-from edgekd.distill.job import Batch, Job, Training
+from edgekd.distill.job import Batch, Job
 from edgekd.distill.loop import train
 from edgekd.distill.precision import choose_precision
 from edgekd.distill.processes import this_process
 from edgekd.distill.scratch import PREFIX, make_scratch
+from edgekd.distill.settings import Training
 from edgekd.distill.teachers import predict
 from edgekd.errors import DataError, EdgekdError, ModelError, RecipeError, StoreError, unknown
 from edgekd.families import arch_of, family_of

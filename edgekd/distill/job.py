@@ -13,25 +13,6 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """Settings of the loop. `warmup` is a fraction of all steps; 0 turns off clip, ema, patience and intervals."""
-
-    epochs: int = 3
-    learning_rate: float = 2e-4
-    schedule: str = "linear"
-    warmup: float = 0.06
-    weight_decay: float = 0.01
-    gradient_accumulation: int = 1
-    gradient_clip: float = 1.0
-    ema: float = 0.0
-    patience: int = 0
-    evaluate_steps: int = 0
-    precision: str = "auto"
-    checkpoint_seconds: float = 60.0
-    checkpoint_steps: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Job:
     """What is trained, on what.
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.context import Progress, Silent
-from edgekd.distill.job import Job, Outcome, Training
+from edgekd.distill.job import Job, Outcome
 from edgekd.distill.meter import Meter
 from edgekd.distill.optimizer import average, clones, copy_into, step_with_decay
 from edgekd.distill.precision import autocast
 from edgekd.distill.processes import this_process
 from edgekd.distill.run import Run
 from edgekd.distill.schedule import rate_at
+from edgekd.distill.settings import Training
 
 
 def train(job: Job, settings: Training, *, seed: int, work: Path, progress: Progress) -> Outcome:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from edgekd.context import Silent
 from edgekd.distill.adjust import dropout, frozen
 from edgekd.distill.cache import cache_bytes, cached
-from edgekd.distill.job import Batch, Job, Outcome, Training, describe
+from edgekd.distill.job import Batch, Job, Outcome, describe
 from edgekd.distill.loop import train
 from edgekd.distill.noise import with_noise
 from edgekd.distill.objective import Objective
 from edgekd.distill.precision import choose_precision
 from edgekd.distill.processes import Processes, this_process
+from edgekd.distill.settings import Training
 from edgekd.distill.signals import observe
 from edgekd.distill.teachers import Source, fingerprint, live, predict
 from edgekd.distill.terms import Term, parse_terms
@@ -135,10 +136,9 @@ def turns(data: Encoded, copies: int, batch_size: int, *, seed: int, epoch: int)
     return [rows[indices] for indices in cut]
 
 
-def loop_settings(settings: Any) -> Training:
-    """The settings of the loop among those of a stage."""
-    names = {field.name for field in fields(Training)} & {field.name for field in fields(settings)}
-    return Training(**{name: getattr(settings, name) for name in names})
+def loop_settings(settings: Training) -> Training:
+    """The settings of the loop among those of a stage: the others are told by the job's fingerprint."""
+    return Training(**{field.name: getattr(settings, field.name) for field in fields(Training)})
 
 
 def evaluator(model: nn.Module, ctx: Context, precision: str) -> Callable[[], float]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.distill.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from edgekd.distill.job import Job, Training
+from edgekd.distill.job import Job
 from edgekd.distill.optimizer import adamw, clones, copy_into, moments, set_moments
 from edgekd.distill.precision import choose_precision
 from edgekd.distill.processes import Processes
+from edgekd.distill.settings import Training
 
 
 @dataclass

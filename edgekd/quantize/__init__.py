@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from edgekd.distill.bounds import problems
-from edgekd.distill.terms import LossSettings, parse_terms
+from edgekd.distill.settings import Taught
 from edgekd.errors import RecipeError, unknown
 from edgekd.target_fields import RUNTIMES, WEIGHTS_ALONE
 
@@ -31,12 +30,8 @@ LEAST_GROUP = 16
 """The smallest group of inputs with a scale of its own that MatMulNBits knows."""
 
 
-def _default_losses() -> LossSettings:
-    return {"forward_kl": {"weight": 1.0, "temperature": 2.0}, "hidden_mse": 1.0}
-
-
 @dataclass(frozen=True, kw_only=True)
-class Quantize:
+class Quantize(Taught):
     """Quantize a student: after training (`epochs: 0`), or with training under the rounding that will be there.
 
     `lowering` names one form, or lets `auto` (all forms of the target) and `int8` (its int8 forms) try several,
@@ -78,37 +73,11 @@ class Quantize:
     attention: bool = False
     embeddings: bool = False
     epochs: Annotated[int, Ge(0)] = 0
-    batch_size: Annotated[int, Ge(1)] = 32
     learning_rate: Annotated[float, Gt(0)] = 5e-5
-    losses: LossSettings = field(default_factory=_default_losses)
     teacher: Literal["teacher", "student"] = "teacher"
     freeze_ranges: Annotated[float, Ge(0), Le(1)] = 0.5
     learned: bool = False
-    schedule: Literal["constant", "cosine", "linear"] = "linear"
-    warmup: Annotated[float, Ge(0), Le(1)] = 0.06
-    weight_decay: Annotated[float, Ge(0)] = 0.01
-    gradient_clip: Annotated[float, Ge(0)] = 1.0
-    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
-    patience: Annotated[int, Ge(0)] = 0
-    evaluate_steps: Annotated[int, Ge(0)] = 0
-    freeze_embeddings: bool | None = None
     dropout: Annotated[float, Ge(0), Lt(1)] | None = 0.0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    cache: bool = True
-    cache_limit_gb: Annotated[float, Ge(0)] = 4.0
-    checkpoint_seconds: Annotated[float, Ge(0)] = 60.0
-    checkpoint_steps: Annotated[int, Ge(0)] = 0
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the settings one by one; `require_together` checks what they mean together.
-
-        Raises:
-            RecipeError: names all that are wrong.
-        """
-        wrong = [*problems(self), *self._problems()]
-        if wrong:
-            raise RecipeError("; ".join(wrong))
 
     def _problems(self) -> Iterator[str]:
         if self.lowering not in CHOICES:
@@ -119,10 +88,6 @@ class Quantize:
             yield f"tolerance must be between 0 and 1, not {self.tolerance!r}"
         if self.group and (self.group < LEAST_GROUP or self.group & (self.group - 1)):
             yield f"group must be 0 or a power of two of at least {LEAST_GROUP}, not {self.group!r}"
-        try:
-            parse_terms(self.losses)
-        except RecipeError as error:
-            yield str(error)
 
     def require_together(self) -> None:
         """Check settings that depend on each other; a recipe's reader looks at each alone.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Lt
 
-from edgekd.distill.bounds import problems
-from edgekd.distill.terms import LossSettings, parse_terms
-from edgekd.errors import RecipeError
+from edgekd.distill.settings import Taught
+from edgekd.distill.terms import LossSettings
 from edgekd.sparsify.patterns import PATTERNS, PatternName
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def _default_losses() -> LossSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparsify:
+class Sparsify(Taught):
     """Set weights to zero in a pattern, and train the others to make up for it.
 
     `pattern` says where zeros stand (`auto`: as the target profits), `sparsity` their share (N:M patterns have their
@@ -53,47 +53,20 @@ class Sparsify:
     teacher: Literal["student", "teacher"] = "student"
     storage: Literal["dense", "compressed"] = "dense"
     epochs: Annotated[int, Ge(0)] = 4
-    batch_size: Annotated[int, Ge(1)] = 32
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     losses: LossSettings = field(default_factory=_default_losses)
-    schedule: Literal["constant", "cosine", "linear"] = "linear"
-    warmup: Annotated[float, Ge(0), Le(1)] = 0.06
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    gradient_accumulation: Annotated[int, Ge(1)] = 1
-    gradient_clip: Annotated[float, Ge(0)] = 1.0
-    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
-    patience: Annotated[int, Ge(0)] = 0
-    evaluate_steps: Annotated[int, Ge(0)] = 0
-    freeze_embeddings: bool | None = None
     dropout: Annotated[float, Ge(0), Lt(1)] | None = 0.0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    cache: bool = True
-    cache_limit_gb: Annotated[float, Ge(0)] = 4.0
-    checkpoint_seconds: Annotated[float, Ge(0)] = 60.0
-    checkpoint_steps: Annotated[int, Ge(0)] = 0
-    force: bool = False
 
-    def __post_init__(self) -> None:
-        """Check all settings.
-
-        Raises:
-            RecipeError: names all that are wrong.
-        """
-        wrong = list(problems(self))
+    def _problems(self) -> Iterator[str]:
         pattern = PATTERNS.get(self.pattern)
         if pattern is not None and pattern.is_grouped and self.sparsity not in (None, pattern.sparsity):
-            wrong.append(
+            yield (
                 f"sparsity must be left out or {pattern.sparsity:g} with the pattern {self.pattern}, "
                 f"which has so many zeros, not {self.sparsity!r}"
             )
         if not 0 <= self.ramp[0] <= self.ramp[1] <= 1:
-            wrong.append(f"ramp must be two shares of the steps between 0 and 1, not {list(self.ramp)!r}")
-        try:
-            parse_terms(self.losses)
-        except RecipeError as error:
-            wrong.append(str(error))
-        if wrong:
-            raise RecipeError("; ".join(wrong))
+            yield f"ramp must be two shares of the steps between 0 and 1, not {list(self.ramp)!r}"
 
     def run(self, student: Student, ctx: Context) -> Student:
         """Return the student with zeros in the pattern; the student given is left as it is.

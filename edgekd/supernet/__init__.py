@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le
 
-from edgekd.distill.bounds import problems
-from edgekd.distill.terms import LossSettings, parse_terms
-from edgekd.errors import RecipeError
+from edgekd.distill.settings import Taught
 
 if TYPE_CHECKING:
     from edgekd.context import Context
@@ -18,12 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Supernet"]
 
 
-def _default_losses() -> LossSettings:
-    return {"forward_kl": {"weight": 1.0, "temperature": 2.0}, "hidden_mse": 1.0}
-
-
 @dataclass(frozen=True, kw_only=True)
-class Supernet:
+class Supernet(Taught):
     """Sort the teacher's parts by importance and train its sub-networks, so that any shape can be sliced out.
 
     DynaBERT (Hou et al. 2020, arXiv 2004.04037): heads and neurons are sorted once, most important first, measured on
@@ -42,43 +36,12 @@ class Supernet:
     buys: ClassVar[tuple[str, ...]] = ()
 
     epochs: Annotated[int, Ge(1)] = 6
-    batch_size: Annotated[int, Ge(1)] = 32
     learning_rate: Annotated[float, Gt(0)] = 1e-4
     samples: Annotated[int, Ge(0)] = 2
     heads: Annotated[float, Gt(0), Le(1)] = 0.25
     neurons: Annotated[float, Gt(0), Le(1)] = 0.125
     layers: Annotated[int, Ge(1)] = 2
     examples: Annotated[int, Ge(1)] = 512
-    losses: LossSettings = field(default_factory=_default_losses)
-    schedule: Literal["constant", "cosine", "linear"] = "linear"
-    warmup: Annotated[float, Ge(0), Le(1)] = 0.06
-    weight_decay: Annotated[float, Ge(0)] = 0.01
-    gradient_accumulation: Annotated[int, Ge(1)] = 1
-    gradient_clip: Annotated[float, Ge(0)] = 1.0
-    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
-    patience: Annotated[int, Ge(0)] = 0
-    evaluate_steps: Annotated[int, Ge(0)] = 0
-    freeze_embeddings: bool | None = None
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    cache: bool = True
-    cache_limit_gb: Annotated[float, Ge(0)] = 4.0
-    checkpoint_seconds: Annotated[float, Ge(0)] = 60.0
-    checkpoint_steps: Annotated[int, Ge(0)] = 0
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Check all settings.
-
-        Raises:
-            RecipeError: names all that are wrong.
-        """
-        wrong = list(problems(self))
-        try:
-            parse_terms(self.losses)
-        except RecipeError as error:
-            wrong.append(str(error))
-        if wrong:
-            raise RecipeError("; ".join(wrong))
 
     def run(self, student: Student, ctx: Context) -> Student:
         """Return the trained supernet: the student's own shape, parts sorted; the student given is left as it is.

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from edgekd.context import Silent
-from edgekd.distill.job import Job, Outcome, Training
+from edgekd.distill.job import Job, Outcome
 from edgekd.distill.loop import train
 from edgekd.distill.schedule import SCHEDULES, rate_at
+from edgekd.distill.settings import Training
 from edgekd.errors import RecipeError
 
 SAMPLES = 50
