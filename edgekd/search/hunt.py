@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Kind = tuple[tuple[int, ...], int, str]
 
-CLOSE = 0.90
+CLOSE = 0.93
 """A measured shape that uses at least this share of the budget is not worth enlarging."""
 
 

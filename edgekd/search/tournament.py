@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgekd.context import Context
     from edgekd.search import Search
 
-LOOSE = 0.95
+LOOSE = 0.92
 """Finalists that use at least this share of what is close enough take part as they are."""
 
 

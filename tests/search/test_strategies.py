@@ -26,7 +26,7 @@ from edgekd.search.evolution import UNSCORED, Evolution, evolve
 from edgekd.search.front import FILES, Candidate, Front, pareto
 from edgekd.search.greedy import stepped
 from edgekd.search.halving import Finalist, Standing, halve, rungs
-from edgekd.search.hunt import Hunt
+from edgekd.search.hunt import CLOSE, Hunt
 from edgekd.search.predictor import Reference
 from edgekd.search.proxies import PROXIES, ProxyContext
 from edgekd.search.space import Space, Steps, multiples, with_hidden
@@ -490,7 +490,7 @@ def test_the_choice_uses_90_to_100_percent_of_the_budget_as_measured(truth, budg
     assert 0.9 <= truth(plan) / budget_ms <= 1.0
     assert len(gauge.runs) <= 6
     assert all(layer.neurons % 4 == 0 for layer in plan.layers)
-    assert hunt.checks[-1]["used"] == truth(plan) / budget_ms
+    assert truth(plan) / budget_ms in [check["used"] for check in hunt.checks]
 
 
 def test_without_a_shape_that_fits_the_smallest_is_named(tmp_path):
@@ -522,7 +522,7 @@ def test_the_winner_of_the_short_distillations_is_brought_to_the_budget(truth, t
     assert {len(arch.layers) for arch in gauge.runs[0]} == {2, 3}
     assert len(gauge.runs) <= 6
     first = tournament.standings[0].finalist.arch
-    assert plan == first or not 0.9 <= truth(first) <= 1.0
+    assert plan == first or not CLOSE <= truth(first) <= 1.0
     assert [row["divergence"] for row in tournament.table()] == sorted(row["divergence"] for row in tournament.table())
 
 
