@@ -36,7 +36,7 @@ def compress(
         data: a path, or the `data` section of a recipe.
         target: one or several target names or files.
         recipe: a recipe file, instead of teacher, data, target, preset and budget.
-        preset: `balanced`, `fast` or `accurate`.
+        preset: `balanced`, `fast`, `accurate` or `small`.
         overrides: `key=value` changes, as `--set`.
         seed: of sampling and training.
         fresh: start anew instead of taking up what is in `out`.

@@ -39,7 +39,7 @@ __all__ = [
     "preset_text",
 ]
 
-PRESETS = ("balanced", "fast", "accurate")
+PRESETS = ("balanced", "fast", "accurate", "small")
 
 _BOUNDS: dict[str, Any] = {
     "latency_p95_ms": Gt(0),

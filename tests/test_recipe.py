@@ -344,7 +344,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     Path("latin.yaml").write_bytes("teacher: é".encode("latin-1"))
     for name, message in {
         "balancd": "there is no recipe file or preset 'balancd' (did you mean 'balanced'?)",
-        "gone.yaml": "there is no recipe file or preset 'gone.yaml'; presets: balanced, fast, accurate",
+        "gone.yaml": "there is no recipe file or preset 'gone.yaml'; presets: balanced, fast, accurate, small",
         "latin.yaml": "latin.yaml: not a UTF-8 text file",
         str(tmp_path): f"cannot read the recipe {tmp_path}: Is a directory",
     }.items():

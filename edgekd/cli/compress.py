@@ -17,7 +17,7 @@ from edgekd.cli.common import budget_options, budget_section, data_options, data
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key, e.g. stages.distill.epochs=3."
 )
 @click.option("--target", "targets", multiple=True, metavar="NAME", help="Device(s) to build for [default: local].")
-@click.option("--preset", metavar="NAME", help="balanced (default), fast or accurate.")
+@click.option("--preset", metavar="NAME", help="balanced (default), fast, accurate or small.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 @budget_options
 @click.option("--size-mb", type=click.FloatRange(min=0, min_open=True), help="Budget: size of the ONNX file.")

@@ -60,7 +60,7 @@ seed: 0
 @click.argument("path", type=click.Path(dir_okay=False, path_type=Path), default="recipe.yaml")
 @click.option(
     "--preset",
-    type=click.Choice(["balanced", "fast", "accurate"]),
+    type=click.Choice(["balanced", "fast", "accurate", "small"]),
     default="balanced",
     show_default=True,
     help="Where the stages and their settings come from.",
