@@ -27,7 +27,7 @@ from edgekd.distill.signals import observe
 from edgekd.distill.teachers import Source, fingerprint, live, predict
 from edgekd.distill.terms import Term, parse_terms
 from edgekd.distill.wiring import Wiring, wire
-from edgekd.errors import RecipeError
+from edgekd.errors import ModelError, RecipeError
 from edgekd.files import sha256_json
 from edgekd.tasks import batches
 
@@ -134,6 +134,19 @@ def turns(data: Encoded, copies: int, batch_size: int, *, seed: int, epoch: int)
     rows = (np.arange(count) + epoch) % (copies + 1) * count + np.arange(count)
     cut = batches(data.take(rows), batch_size, seed=seed, epoch=epoch, shuffle=True)
     return [rows[indices] for indices in cut]
+
+
+def require_same_words(student: Student, ctx: Context) -> None:
+    """Refuse the run's teacher for a student whose vocabulary was cut: it would be fed the student's own numbers.
+
+    Raises:
+        ModelError: they read the texts as other tokens.
+    """
+    if ctx.task.kind == "text" and student.arch.vocabulary != ctx.teacher.arch.vocabulary:
+        raise ModelError(
+            f"the student knows {student.arch.vocabulary} words and the teacher {ctx.teacher.arch.vocabulary}: they "
+            "read the texts as other tokens and cannot be compared; set `teacher: student`, the student as it comes in"
+        )
 
 
 def loop_settings(settings: Training) -> Training:

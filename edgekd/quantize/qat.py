@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from edgekd.distill.processes import this_process
-from edgekd.distill.recover import evaluator, fit, without_labels
+from edgekd.distill.recover import evaluator, fit, require_same_words, without_labels
 from edgekd.errors import DataError
 from edgekd.quantize import candidates
 from edgekd.quantize.fake.installed import FakeQuantized, install
@@ -52,8 +52,10 @@ def train_quantized(settings: Quantize, student: Student, ctx: Context) -> Stude
     Raises:
         RecipeError: a loss cannot be had for these two models, or training diverged.
         DataError: there are no examples to calibrate on, or they lead to values that are not finite.
-        ModelError: `keep_float` names a module that is not there.
+        ModelError: `keep_float` names a module that is not there, or the teacher reads the texts as other tokens.
     """
+    if settings.teacher == "teacher":
+        require_same_words(student, ctx)
     scheme = scheme_of(settings, student, ctx.target)
     trained, quantized = put_on(settings, student, scheme, ctx)
     before = evaluator(trained.model, ctx, "fp32")()

@@ -11,8 +11,7 @@ import torch
 
 from edgekd.context import Silent
 from edgekd.distill.processes import this_process
-from edgekd.distill.recover import evaluator
-from edgekd.errors import ModelError
+from edgekd.distill.recover import evaluator, require_same_words
 from edgekd.families.zeros import promise
 from edgekd.quantize.forms import EXAMPLES
 from edgekd.sparsify.boost import install
@@ -84,11 +83,7 @@ def _teacher(settings: Sparsify, student: Student, ctx: Context) -> Student:
     """
     if settings.teacher == "student":
         return replace(student, model=copy.deepcopy(student.model).eval())
-    if ctx.task.kind == "text" and student.arch.vocabulary != ctx.teacher.arch.vocabulary:
-        raise ModelError(
-            f"the student knows {student.arch.vocabulary} words and the teacher {ctx.teacher.arch.vocabulary}: they "
-            "read the texts as other tokens and cannot be compared; leave `teacher: student`, the student's dense self"
-        )
+    require_same_words(student, ctx)
     return ctx.teacher
 
 

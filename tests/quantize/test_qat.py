@@ -17,7 +17,7 @@ from edgekd.context import Budget, Context, Silent
 from edgekd.distill import Distill
 from edgekd.distill.recover import evaluator
 from edgekd.distill.teachers import fingerprint, predict
-from edgekd.errors import DataError, RecipeError
+from edgekd.errors import DataError, ModelError, RecipeError
 from edgekd.export.names import trained_ranges
 from edgekd.export.onnx import export_float
 from edgekd.export.parity import onnx_logits, torch_logits
@@ -287,3 +287,9 @@ def test_schemes_follow_settings_and_target(context: Context) -> None:
     assert scheme(weight_bits=4, group=64, epochs=1).group == 64
     kept = replace(context.teacher, quantization={"keep_float": ["classifier"]})
     assert scheme_of(Quantize(), kept, CPU).keep_float == ("classifier",)
+
+
+def test_a_teacher_with_other_words_is_refused(bert, make_context) -> None:
+    student = replace(bert, arch=replace(bert.arch, vocabulary=99))
+    with pytest.raises(ModelError, match="the student knows 99 words .* set `teacher: student`"):
+        Quantize(epochs=1, losses=LOSSES, **QUICK).run(student, make_context())
