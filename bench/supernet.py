@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ def main() -> int:
                 for targets in [options.targets] if route == "supernet" else [[name] for name in options.targets]:
                     kept = folder / f"{route}-{'-'.join(targets)}-{speedup:g}.json"
                     row = json.loads(kept.read_text("utf-8")) if kept.is_file() else None
-                    rows.append(row or run(recipe(route, speedup, targets, options), folder / route, options))
+                    counted = bool(rows)
+                    settings = recipe(route, speedup, targets, options)
+                    rows.append(row or run(settings, folder / route, options, counted=counted))
                     write_json(kept, rows[-1])
                     print(json.dumps({"route": route, **rows[-1]}), flush=True)
                     write(options, routes)
@@ -86,30 +89,34 @@ def recipe(route: str, speedup: float, targets: list[str], options: Options) -> 
     }
 
 
-def run(settings: dict[str, Any], out: Path, options: Options) -> dict[str, Any]:
-    """One `edgekd compress`: what it reached, and how long it took."""
+def run(settings: dict[str, Any], out: Path, options: Options, *, counted: bool) -> dict[str, Any]:
+    """One `edgekd compress`: what it reached, and how long it took.
+
+    A supernet that is there from a run that was stopped, so that no row has `counted` it yet, adds what it took then.
+    """
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     before = finished(out)
+    earlier = 0.0 if counted else sum(before.values())
     changes = [argument for change in options.set for argument in ("--set", change)]
     command = [sys.executable, "-m", "edgekd", "compress", "--recipe", str(file), *changes, "--out", str(out), "--json"]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = round(time.monotonic() - began, 1)
+    seconds = round(time.monotonic() - began + earlier, 1)
     row: dict[str, Any] = {"speedup_asked": settings["budget"]["speedup"], "seconds": seconds, "exit": done.returncode}
     answer = json.loads(done.stdout) if done.stdout.strip() else {}
     if not answer.get("bundles"):
         said = answer.get("error") or answer.get("verdict") or done.stderr.strip()[-300:]
         return {**row, "error": str(said).replace(str(out), "RUN")}
     verdicts = {verdict["target"]: verdict["status"] for verdict in answer["verdict"]}
-    row["bundles"] = [bundle(name, Path(place), before) for name, place in answer["bundles"].items()]
+    row["bundles"] = [bundle(name, Path(place), before if counted else {}) for name, place in answer["bundles"].items()]
     for found in row["bundles"]:
         found["verdict"] = verdicts.get(found["target"])
     return row
 
 
-def bundle(target: str, folder: Path, before: set[str]) -> dict[str, Any]:
-    """What one bundle reached."""
+def bundle(target: str, folder: Path, before: Mapping[str, float]) -> dict[str, Any]:
+    """What one bundle reached; stages in `before` were there already and took nothing."""
     manifest = json.loads((folder / "edgekd.json").read_text("utf-8"))
     entries = {entry["stage"]: entry for entry in manifest["ledger"]}
     latency, quality = manifest["latency"][0], manifest["quality"]
@@ -129,9 +136,10 @@ def bundle(target: str, folder: Path, before: set[str]) -> dict[str, Any]:
     }
 
 
-def finished(out: Path) -> set[str]:
-    """Stages that do not depend on the budget and are in the run folder already."""
-    return {"supernet"} if list(out.glob("*-supernet")) else set()
+def finished(out: Path) -> dict[str, float]:
+    """The stage that does not depend on the budget, if it is in the run folder already, with the seconds it took."""
+    entries = [json.loads(file.read_text("utf-8"))["entry"] for file in out.glob("*-supernet/stage.json")]
+    return {entry["stage"]: entry["seconds"] for entry in entries}
 
 
 def write(options: Options, routes: dict[str, list[dict[str, Any]]]) -> None:
