@@ -6,13 +6,13 @@ import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le
 
 from edgekd.context import Progress, Silent
 from edgekd.data import DataSpec, Examples, Splits, load_splits, require_labels
@@ -23,7 +23,7 @@ from edgekd.distill.loop import train
 from edgekd.distill.precision import choose_precision
 from edgekd.distill.processes import this_process
 from edgekd.distill.scratch import PREFIX, make_scratch
-from edgekd.distill.settings import Training
+from edgekd.distill.settings import Loop, Training
 from edgekd.distill.teachers import predict
 from edgekd.errors import DataError, EdgekdError, ModelError, RecipeError, StoreError, unknown
 from edgekd.families import arch_of, family_of
@@ -35,7 +35,7 @@ RECORD = "finetune.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune:
+class Finetune(Loop):
     """Settings of `finetune`; those it shares with `Distill` mean the same.
 
     `learning_rate` unset is 5e-5 for a base model and 1e-3 from scratch. `max_length` is in tokens. `augment` moves
@@ -43,20 +43,10 @@ class Finetune:
     """
 
     epochs: Annotated[int, Ge(1)] = 3
-    batch_size: Annotated[int, Ge(1)] = 32
     learning_rate: Annotated[float, Gt(0)] | None = None
     max_length: Annotated[int, Ge(1)] | None = None
     augment: Literal["none", "shift", "shift_flip"] = "none"
-    schedule: Literal["constant", "cosine", "linear"] = "linear"
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1
-    weight_decay: Annotated[float, Ge(0)] = 0.01
-    gradient_accumulation: Annotated[int, Ge(1)] = 1
-    gradient_clip: Annotated[float, Ge(0)] = 1.0
-    ema: Annotated[float, Ge(0), Lt(1)] = 0.0
-    patience: Annotated[int, Ge(0)] = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    checkpoint_seconds: Annotated[float, Ge(0)] = 60.0
-    checkpoint_steps: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         """Check all settings.
@@ -142,7 +132,7 @@ def _teach(
     torch.manual_seed(seed)
     model = _model(folder, task, _names(splits), scratch=scratch)
     rate = settings.learning_rate or (1e-3 if scratch else 5e-5)
-    result = _train(model, folder, task, splits, work, replace(settings, learning_rate=rate), seed, progress)
+    result = _train(model, folder, task, splits, work, settings, rate, seed, progress)
     facts = {"folder": str(out), "base": base, "task": task.name, "metric": task.metric, **result, "seed": seed}
     if this_process().main:
         student = Student(model=model.cpu().eval(), arch=arch_of(model), processor_dir=folder)
@@ -197,6 +187,7 @@ def _train(
     splits: Splits,
     work: Path,
     settings: Finetune,
+    rate: float,
     seed: int,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -215,10 +206,10 @@ def _train(
         collate=lambda indices: _augmented(data.collate(indices), settings.augment),
         loss=lambda batch, i: task.loss(model(**batch).logits, labels[torch.from_numpy(i)].to(model.device)),
         evaluate=lambda: task.score(predict(model, validation, precision=precision), _known(validation)),
-        fingerprint=sha256_json([splits.fingerprint, data.fingerprint, dataclasses.asdict(settings)]),
+        fingerprint=sha256_json([splits.fingerprint, data.fingerprint, rate, dataclasses.asdict(settings)]),
     )
-    names = {field.name for field in dataclasses.fields(Training)} & set(dataclasses.asdict(settings))
-    loop = Training(**{name: getattr(settings, name) for name in names})
+    shared = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Loop)}
+    loop = Training(learning_rate=rate, **shared)
     outcome = train(job, loop, seed=seed, work=work, progress=progress)
     score = task.score(predict(model, validation), _known(validation))
     result: dict[str, Any] = {"validation": score, "steps": outcome.steps}

@@ -19,12 +19,11 @@ def answers_and_states() -> LossSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """Settings of the loop. `warmup` is a fraction of all steps; 0 turns off clip, ema, patience and intervals."""
+class Loop:
+    """What every training sets. `warmup` is a fraction of all steps; 0 turns off clip, ema, patience and intervals."""
 
     epochs: Annotated[int, Ge(0)] = 3
     batch_size: Annotated[int, Ge(1)] = 32
-    learning_rate: Annotated[float, Gt(0)] = 2e-4
     schedule: Literal["constant", "cosine", "linear"] = "linear"
     warmup: Annotated[float, Ge(0), Le(1)] = 0.06
     weight_decay: Annotated[float, Ge(0)] = 0.01
@@ -36,6 +35,13 @@ class Training:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     checkpoint_seconds: Annotated[float, Ge(0)] = 60.0
     checkpoint_steps: Annotated[int, Ge(0)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Loop):
+    """A loop with a learning rate that is known beforehand."""
+
+    learning_rate: Annotated[float, Gt(0)] = 2e-4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgekd.export.embeddings import integer_tables
 from edgekd.export.integer import Linear, find_linears, quantization_of, quantize_weight
+from edgekd.export.quantizer import insert_pairs
 from edgekd.export.rewrite import add_tensors, exchange, sort_nodes
 from edgekd.export.static import drop_unused
 
@@ -127,29 +128,7 @@ def _product(graph: Any, linear: Linear, source: str) -> list[Any]:
 
 def _qdq_convolutions(graph: Any, scratch: Path, ranges: Spans, kept: Collection[str]) -> Any:
     """Convolutions by onnxruntime's quantizer, those only whose input and output have ranges."""
-    import onnx
-    from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
-
     convolutions = [node for node in graph.graph.node if node.op_type == "Conv"]
     known = [node.name for node in convolutions if node.input[0] in ranges and node.output[0] in ranges]
-    file = scratch / "float.onnx"
-    onnx.save(graph, file)
-    data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
-    quantizer = QDQQuantizer(
-        load_model_with_shape_infer(file),
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, data),
-        nodes_to_quantize=[],
-        nodes_to_exclude=[node.name for node in convolutions if node.name not in known or node.name in kept],
-        op_types_to_quantize=["Conv"],
-        extra_options={},
-    )
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()
-    return quantizer.model.model
+    left = [node.name for node in convolutions if node.name not in known or node.name in kept]
+    return insert_pairs(graph, ranges, scratch, ["Conv"], left=left)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edgekd.errors import RecipeError
 from edgekd.export.factors import fold_factors
 from edgekd.export.masks import barred, plain_masks
 from edgekd.export.names import kept_nodes
+from edgekd.export.quantizer import Range, insert_pairs
 from edgekd.export.static import drop_unused, infer_shapes, infer_types, simplify
 from edgekd.export.widths import overrides, wide_tensors
-
-Range = tuple[float, float]
 
 OPSET = 21
 """Gelu is a standard operator since 20, and Q/DQ have 16-bit types since 21."""
@@ -76,7 +73,9 @@ def full_qdq(
     own |= {name: [{"quant_type": QuantType.QUInt8, "symmetric": False}] for name in sorted(norms)}
     # Otherwise operators between unquantized inputs, such as the mask's, would stay float islands.
     options = {**config.extra_options, "ForceQuantizeNoInputCheck": True, "TensorQuantOverrides": own}
-    return _quantize(graph, known, scratch, config.op_types_to_quantize, config.activation_type, options)
+    return insert_pairs(
+        graph, known, scratch, config.op_types_to_quantize, activation=config.activation_type, options=options
+    )
 
 
 def multiplied_qdq(
@@ -115,7 +114,8 @@ def multiplied_qdq(
         "MinimumRealRange": 0.0001,
     }
     left = kept_nodes(graph, kept, strict=False)
-    return _only_multiplied(_quantize(graph, known, scratch, MULTIPLIED, QuantType.QInt8, options, left))
+    paired = insert_pairs(graph, known, scratch, MULTIPLIED, activation=QuantType.QInt8, options=options, left=left)
+    return _only_multiplied(paired)
 
 
 def _only_multiplied(graph: Any) -> Any:
@@ -131,41 +131,6 @@ def _only_multiplied(graph: Any) -> Any:
 
 def _matrices(graph: Any) -> set[str]:
     return {tensor.name for tensor in graph.graph.initializer if len(tensor.dims) == 2}
-
-
-def _quantize(
-    graph: Any,
-    ranges: Mapping[str, Range],
-    scratch: Path,
-    operators: Sequence[str],
-    activation: Any,
-    options: Mapping[str, Any],
-    left: Sequence[str] = (),
-) -> Any:
-    import onnx
-    from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
-
-    file = scratch / "simple.onnx"
-    onnx.save(graph, file)
-    data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
-    quantizer = QDQQuantizer(
-        load_model_with_shape_infer(file),
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=activation,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, data),
-        nodes_to_quantize=[],
-        nodes_to_exclude=list(left),
-        op_types_to_quantize=sorted(operators),
-        extra_options=dict(options),
-    )
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()
-    return quantizer.model.model
 
 
 def _spread(graph: Any, ranges: Mapping[str, Range], trained: Mapping[str, Range]) -> dict[str, Range]:
