@@ -59,11 +59,12 @@ def main() -> int:
             for route, rows in routes.items():
                 for targets in [options.targets] if route == "supernet" else [[name] for name in options.targets]:
                     kept = folder / f"{route}-{'-'.join(targets)}-{speedup:g}.json"
-                    row = json.loads(kept.read_text("utf-8")) if kept.is_file() else None
-                    counted = bool(rows)
-                    settings = recipe(route, speedup, targets, options)
-                    rows.append(row or run(settings, folder / route, options, counted=counted))
-                    write_json(kept, rows[-1])
+                    row = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
+                    if not row or "error" in row:
+                        first, settings = not rows, recipe(route, speedup, targets, options)
+                        row = run(settings, folder / route, options, first=first, failed=row.get("seconds"))
+                    rows.append(row)
+                    write_json(kept, row)
                     print(json.dumps({"route": route, **rows[-1]}), flush=True)
                     write(options, routes)
     return 0
@@ -89,15 +90,15 @@ def recipe(route: str, speedup: float, targets: list[str], options: Options) -> 
     }
 
 
-def run(settings: dict[str, Any], out: Path, options: Options, *, counted: bool) -> dict[str, Any]:
+def run(settings: dict[str, Any], out: Path, options: Options, *, first: bool, failed: float | None) -> dict[str, Any]:
     """One `edgekd compress`: what it reached, and how long it took.
 
-    A supernet that is there from a run that was stopped, so that no row has `counted` it yet, adds what it took then.
+    What a `failed` attempt took is added, or, in the `first` row, what a supernet took that a killed bench has left.
     """
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     before = finished(out)
-    earlier = 0.0 if counted else sum(before.values())
+    earlier = failed if failed is not None else sum(before.values()) if first else 0.0
     changes = [argument for change in options.set for argument in ("--set", change)]
     command = [sys.executable, "-m", "edgekd", "compress", "--recipe", str(file), *changes, "--out", str(out), "--json"]
     began = time.monotonic()
@@ -109,7 +110,7 @@ def run(settings: dict[str, Any], out: Path, options: Options, *, counted: bool)
         said = answer.get("error") or answer.get("verdict") or done.stderr.strip()[-300:]
         return {**row, "error": str(said).replace(str(out), "RUN")}
     verdicts = {verdict["target"]: verdict["status"] for verdict in answer["verdict"]}
-    row["bundles"] = [bundle(name, Path(place), before if counted else {}) for name, place in answer["bundles"].items()]
+    row["bundles"] = [bundle(name, Path(place), {} if first else before) for name, place in answer["bundles"].items()]
     for found in row["bundles"]:
         found["verdict"] = verdicts.get(found["target"])
     return row

@@ -1,6 +1,7 @@
 """Run folders: one folder per stage, found again by the key of all that went into it; one process at a time.
 
 RUN/.edgekd-run          marks the folder as a run; the lock is taken on it
+RUN/.cache/              what several stages share: the teacher's outputs, latency tables of search
 RUN/.work/               scratch of unfinished stages, kept across a kill
 RUN/01-search/           a finished stage: its outputs and stage.json, which names them, their hashes and the key
 RUN/manifest.json        written last: a run that has it is finished
@@ -48,6 +49,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 STAGE = "stage.json"
 _MARK = ".edgekd-run"
+CACHE = ".cache"
 _WORK = ".work"
 _STAGE_NAME = re.compile(r"\d{2,}-[a-z][A-Za-z0-9_-]*")
 
@@ -182,7 +184,7 @@ class RunFolder:
         return self.path / MANIFEST
 
     def fresh(self) -> None:
-        """Forget the stages of earlier runs: their folders, the scratch and the manifest, and nothing else.
+        """Forget earlier runs: stage folders, scratch, the manifest, latencies that were measured, and nothing else.
 
         Raises:
             StoreError: a stage folder holds files that edgekd did not write; nothing has been removed then.
@@ -195,6 +197,8 @@ class RunFolder:
             (self.path / MANIFEST).unlink(missing_ok=True)
             for path in ours:
                 _clear(path)
+            for table in (self.path / CACHE).glob("latency-*"):
+                table.unlink()
             shutil.rmtree(self.path / _WORK, ignore_errors=True)
 
     def forget_if_new(self) -> None:

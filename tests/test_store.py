@@ -213,7 +213,7 @@ def test_fresh_forgets_stages_and_keeps_what_is_not_ours(tmp_path):
     finished(run)
     run.finish({})
     mine = {"notes.txt": "mine", "02-mine/thesis.txt": "mine", "search/a": "mine", "bundle/model.onnx": "built"}
-    make(run.path, mine)
+    make(run.path, {**mine, ".cache/latency-1.json": "measured"})
     run.fresh()
     assert {name: text.decode() for name, text in tree(run.path).items() if name != ".edgekd-run"} == mine
 

@@ -72,7 +72,9 @@ def _epoch(run: Run, meter: Meter) -> None:
             return
     state.epoch, state.group = state.epoch + 1, 0
     state.done = state.epoch >= settings.epochs
-    if not settings.evaluate_steps or state.done:
+    if state.done and state.history and state.history[-1]["step"] == state.step:
+        run.save()
+    elif not settings.evaluate_steps or state.done:
         _evaluate(run, meter)
 
 

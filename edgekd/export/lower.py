@@ -98,7 +98,8 @@ def lower(
         lowering: a name of `LOWERINGS`.
         ranges: activation ranges of `calibrate`, for the lowerings of `CALIBRATED`.
         activations: trained ranges of the inputs of linear layers and convolutions, by module; they win over `ranges`.
-        keep_float: modules whose products stay float in any int8 or int4 form, with all that is within them.
+        keep_float: modules whose products stay float in any int8 or int4 form but `int16_qdq`, with all that
+            is within them.
         table_bits: of tables of embeddings in dynamic, static and weight-only forms: 8, 4, or 0, which is float32.
         model_type: transformers model type; chooses the attention fusion.
         batch: fix all shapes, with this batch; None leaves free dimensions free.

@@ -123,7 +123,7 @@ def write(student: Student, task: Task, graph: Path | None, form: str, folder: P
             raise TargetError(f"{form} is made for one target and with examples; give both")
         return write_tflite(student, task, folder / "model.tflite", examples, place.budget)
     if examples is not None:
-        ranges = find_ranges(graph, form, examples)
+        ranges = find_ranges(graph, form, examples, observer=quantization.get("observer", "minmax"))
     elif ranges is not None:
         ranges = {name: (low, high) for name, (low, high) in ranges.items()}
     target, budget = (place.target, place.budget) if place is not None else (None, None)

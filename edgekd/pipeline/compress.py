@@ -25,7 +25,7 @@ from edgekd.pipeline.setup import Setup, fitted, prepare
 from edgekd.pipeline.stages import Track, travel
 from edgekd.recipe import Recipe
 from edgekd.report.html import write_report
-from edgekd.store import RunFolder, publish
+from edgekd.store import CACHE, RunFolder, publish
 from edgekd.target import Target, load_target, probe
 
 HEADROOM = 0.98
@@ -143,7 +143,9 @@ def _one_target(
         )
         try:
             travelled = travel(track, recipe.stages, strictness=strictness)
-        except BudgetError as error:
+        except (BudgetError, ModelError, TargetError) as error:
+            if not rounds and not isinstance(error, BudgetError):
+                raise
             if not rounds:
                 return _Outcome(target, None, None, None, Verdict(target.name, FAIL, str(error)))
             rounds.append({"round": number, "strictness": strictness, "status": FAIL, "reason": str(error)})
@@ -202,7 +204,7 @@ def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome], 
         exit_code=code,
     )
     _drop_earlier(run.path, bundles, progress)
-    for outputs in (run.path / ".cache").glob("teacher-*"):
+    for outputs in (run.path / CACHE).glob("teacher-*"):
         shutil.rmtree(outputs) if outputs.is_dir() else outputs.unlink()
     write_report(run.path / "report.html", result.manifests, [v.to_dict() for v in verdicts], recipe.to_yaml())
     run.finish(

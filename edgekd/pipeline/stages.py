@@ -26,7 +26,7 @@ from edgekd.pipeline.sides import Scale
 from edgekd.quantize import Quantize
 from edgekd.search.front import FILES as FRONT_FILES
 from edgekd.stages import SHARED, Stage
-from edgekd.store import RunFolder, StageFolder
+from edgekd.store import CACHE, RunFolder, StageFolder
 from edgekd.student import Student, load_student
 from edgekd.target import Target, load_target, probe
 
@@ -60,7 +60,7 @@ class Track:
     @property
     def cache(self) -> Path:
         """What stages and rounds share."""
-        return self.run.path / ".cache"
+        return self.run.path / CACHE
 
     @property
     def scale(self) -> Scale:

@@ -40,8 +40,8 @@ class Built:
 
     @property
     def has_layers(self) -> bool:
-        """Whether layers of it can stay float."""
-        return self.form not in NOT_FROM_ONNX and precision_of(self.form) in ("int8", "int4")
+        """Whether layers of it can stay float; those of `int16_qdq` have the widest activations its targets know."""
+        return self.form not in (*NOT_FROM_ONNX, "int16_qdq") and precision_of(self.form) in ("int8", "int4")
 
 
 def build_form(form: str, sources: Sources, reference: Logits) -> Built:

@@ -29,7 +29,7 @@ from edgekd.target_fields import WEIGHTS_ALONE
 if TYPE_CHECKING:
     from edgekd.context import Context
 
-TRAINED = ("scheme", "activations", "attention")
+TRAINED = ("scheme", "observer", "learned", "activations", "attention")
 """What training under quantization leaves for any form."""
 
 
@@ -78,7 +78,7 @@ class Sources:
     @cached_property
     def tuned(self) -> tuple[Student, dict[str, Any]]:
         """What neural-compressor chose."""
-        return tune(self.trained, self.ctx, self.float_metric, self.settings.tolerance)
+        return tune(self.smoothed, self.ctx, self.float_metric, self.settings.tolerance)
 
     def of(self, form: str) -> Source:
         """The source of a form."""

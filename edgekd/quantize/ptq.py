@@ -154,8 +154,8 @@ def _best(built: Sequence[Built], sources: Sources, measurable: bool) -> Student
     kept: dict[str, Any] = {**(won.student.quantization or {}), "lowering": chosen.lowering}
     if won.ranges is not None:
         kept["ranges"] = {name: list(pair) for name, pair in won.ranges.items()}
-    elif needs_examples(chosen.lowering):
-        kept |= {"calibration": settings.calibration, "seed": ctx.seed}
+    if needs_examples(chosen.lowering):
+        kept |= {"calibration": settings.calibration, "seed": ctx.seed, "observer": settings.observer}
     return replace(won.student, quantization=kept)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from edgekd.distill.processes import this_process
 from edgekd.distill.recover import evaluator, fit, require_same_words, without_labels
 from edgekd.errors import DataError
 from edgekd.quantize import candidates
@@ -59,7 +58,6 @@ def train_quantized(settings: Quantize, student: Student, ctx: Context) -> Stude
     scheme = scheme_of(settings, student, ctx.target)
     trained, quantized = put_on(settings, student, scheme, ctx)
     before = evaluator(trained.model, ctx, "fp32")()
-    quantized.freeze(round(settings.freeze_ranges * _steps(settings, ctx)))
     outcome = fit(
         settings,
         trained,
@@ -68,6 +66,7 @@ def train_quantized(settings: Quantize, student: Student, ctx: Context) -> Stude
         modules={"quantizers": quantized},
         after_step=quantized.step,
         precision="fp32",
+        change=lambda job: replace(job, before_step=partial(_stand, quantized, settings.freeze_ranges)),
     )
     if outcome.metric < before:
         trained, quantized = put_on(settings, student, scheme, ctx)
@@ -131,15 +130,16 @@ def _examples(count: int, ctx: Context) -> Iterator[dict[str, torch.Tensor]]:
         yield without_labels(data.collate(chosen))
 
 
-def _steps(settings: Any, ctx: Context) -> int:
-    """Optimizer steps of the training."""
-    batches_of_epoch = math.ceil(len(ctx.train) / settings.batch_size)
-    return int(settings.epochs * math.ceil(batches_of_epoch / this_process().size))
+def _stand(quantized: FakeQuantized, share: float, step: int, total: int) -> None:
+    """Let ranges stand after this share of all steps."""
+    quantized.freeze(round(share * total))
 
 
 def _stripped(trained: Student, quantized: FakeQuantized) -> Student:
     quantized.freeze()
-    kept: dict[str, Any] = {"scheme": quantized.scheme.to_dict()}
+    kept: dict[str, Any] = {
+        "scheme": quantized.scheme.to_dict(), "observer": quantized.observer, "learned": quantized.learned
+    }  # fmt: skip
     for name, ranges in (("activations", quantized.ranges()), ("attention", quantized.attention_ranges())):
         if ranges:
             kept[name] = {place: list(ends) for place, ends in ranges.items()}

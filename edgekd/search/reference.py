@@ -53,6 +53,7 @@ def find_reference(settings: Search, student: Student, ctx: Context) -> Referenc
         "arch": student.arch.to_dict(), "target": ctx.target.fingerprint, "lowering": ctx.lowering, "opset": OPSET,
         "shape": [ctx.budget.batch, ctx.budget.sequence, ctx.budget.threads], "hidden": settings.hidden_step,
         "reshaped": [ctx.reshape(shape).to_dict() for shape in probes(student.arch)], "variants": settings.variants,
+        "frame": asdict(frame), "graph": sha256_file(ctx.teacher_graph) if ctx.teacher_graph else "",
         "lengths": asdict(Lengths.of(ctx.budget.sequence, ctx.train.lengths)),
     }  # fmt: skip
     file = ctx.cache / f"latency-{sha256_json(key)[:16]}.json"

@@ -27,10 +27,19 @@ class Rounding:
 
 
 def under_rounding(student: Student, batches: Sequence[Batch]) -> Rounding | None:
-    """Put the rounding that the student was trained under on its model, masks included; None if it was not."""
-    stated = (student.quantization or {}).get("scheme")
-    if stated is None:
+    """Put the rounding that the student was trained under on its model, masks included; None if it was not.
+
+    Ranges start where that training left them.
+    """
+    stated = student.quantization or {}
+    if "scheme" not in stated:
         return None
-    quantized = install(student.model, Scheme.from_dict(stated))
+    quantized = install(
+        student.model,
+        Scheme.from_dict(stated["scheme"]),
+        observer=stated.get("observer", "minmax"),
+        learned=stated.get("learned", False),
+    )
     quantized.calibrate(batches)
+    quantized.take({**stated.get("activations", {}), **stated.get("attention", {})})
     return Rounding(quantized)

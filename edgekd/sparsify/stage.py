@@ -12,6 +12,7 @@ import torch
 from edgekd.context import Silent
 from edgekd.distill.processes import this_process
 from edgekd.distill.recover import evaluator, require_same_words
+from edgekd.export.nbits import NEAREST
 from edgekd.families.zeros import promise
 from edgekd.quantize.forms import EXAMPLES
 from edgekd.sparsify.boost import install
@@ -72,6 +73,10 @@ def _finished(student: Student, masks: Masks, rounding: Rounding | None, ctx: Co
         # Those were calibrated with the weights as they were; export finds them again.
         del quantization["ranges"]
         quantization = {"calibration": EXAMPLES, "seed": ctx.seed, **quantization}
+    weights = (quantization or {}).get("weights") or {}
+    if weights.get("method", NEAREST) != NEAREST:
+        ctx.progress.say(f"sparsify: changed weights that {weights['method']} had rounded; export rounds to nearest")
+        quantization = {**(quantization or {}), "weights": {**weights, "method": NEAREST}}
     return quantization
 
 

@@ -118,3 +118,9 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"unknown setting 'epoch' \(did you mean 'epochs'\?\); choose one of: augm"):
         finetune_settings({"epoch": 3})
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
+def test_an_example_that_is_left_over_is_not_trained_on_alone(tmp_path: Path) -> None:
+    """Batch normalization over a single value is not defined, and the last stage has one pixel."""
+    spec = DataSpec(path="sklearn:digits", limit=17)
+    assert _run("scratch:resnet-small", tmp_path / "out", spec, epochs=1, batch_size=16)["steps"] == 2

@@ -183,6 +183,13 @@ def test_the_best_weights_are_kept_and_the_earlier_ones_at_a_tie(tmp_path: Path)
     assert _bits(net) == seen[1]
 
 
+def test_the_last_step_is_evaluated_once(tmp_path: Path) -> None:
+    _, job = make_job()
+    outcome = _run(job, tmp_path, epochs=2, evaluate_steps=7)
+    assert [each["step"] for each in outcome.history] == [7, 14]
+    assert all(each["loss"] > 0 for each in outcome.history)
+
+
 def test_patience_stops_early(tmp_path: Path) -> None:
     _, job = make_job(metrics=[0.5, 0.4, 0.5, 0.6])
     outcome = _run(job, tmp_path, epochs=4, patience=2)

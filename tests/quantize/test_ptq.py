@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,16 +13,17 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.errors import DataError, ModelError, RecipeError, TargetError
+from edgekd.errors import DataError, ModelError, RecipeError, StageError, TargetError
 from edgekd.export.lower import lower
 from edgekd.export.names import multiplied
 from edgekd.export.onnx import export_float
 from edgekd.export.parity import onnx_logits, torch_logits
-from edgekd.quantize import Quantize, candidates
+from edgekd.quantize import Quantize, candidates, prepare
 from edgekd.quantize.bias import as_they_are, correct_biases
 from edgekd.quantize.forms import find_ranges, write_form
 from edgekd.quantize.linear import channel_scales, linear_layers, observe_inputs, rounded
 from edgekd.quantize.observers import OBSERVERS, Seen, find
+from edgekd.quantize.prepare import Sources
 from edgekd.quantize.ptq import Candidate, choose
 from edgekd.quantize.rounding import output_error, round_adaptively
 from edgekd.quantize.sensitivity import Sensitivity, divergence, fewest, rank, units
@@ -367,6 +370,25 @@ def test_the_layer_with_the_outlier_is_found_and_stays_float(bert, make_context,
         assert "agrees with the torch model" in str(error)  # noqa: PT017
     else:
         assert plain.notes["candidates"][0]["metric"] < candidate["metric"]
+
+
+def test_a_form_without_a_wider_one_is_not_taken_apart(bert, make_context) -> None:
+    context = make_context(bert, target=load_target("npu-qualcomm-qcs9100"))
+    settings = Quantize(lowering="int16_qdq", tolerance=0.0, calibration=16)
+    with contextlib.suppress(StageError):
+        settings.run(spoiled(bert), context)
+    assert "sensitivity" not in context.notes
+
+
+def test_smoothing_is_not_forgotten_by_tuning(bert, make_context) -> None:
+    context = make_context(bert)
+    sources = Sources(Quantize(smooth=0.5, tune=True, calibration=16), bert, bert, Path(), context, 1.0)
+    assert sources.smoothed.model is not bert.model
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "tune", lambda student, *_: given.append(student) or (student, {}))
+        assert sources.tuned[0] is sources.smoothed
+    assert given == [sources.smoothed]
 
 
 def test_only_forms_that_could_win_are_repaired(bert, make_context, clock) -> None:

@@ -118,7 +118,7 @@ def test_training_wins_back_what_three_values_lose(taught: Context) -> None:
     assert distance(trained, taught) < 0.3 * distance(rounded, taught)
     dense = trained.model.bert.encoder.layer[0].intermediate.dense
     assert len(dense.weight.unique()) == 3
-    assert trained.quantization == {"scheme": scheme.to_dict()}
+    assert trained.quantization == {"scheme": scheme.to_dict(), "observer": "minmax", "learned": False}
 
 
 def _by_distance(ctx: Context) -> Any:
@@ -177,6 +177,23 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     assert left[0] > -12  # it did not begin anew
     assert fingerprint(resumed.model) == fingerprint(whole.model)
     assert resumed.quantization == whole.quantization
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_ranges_stand_after_their_share_of_the_steps(
+    context: Context, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, step = [], FakeQuantized.step
+
+    def watching(self: FakeQuantized) -> None:
+        step(self)
+        frozen.append(self.frozen)
+
+    monkeypatch.setattr(FakeQuantized, "step", watching)
+    settings = Quantize(epochs=4, activations="static", gradient_accumulation=accumulation, **QUICK)
+    train_quantized(settings, context.teacher, context)
+    count = 4 * -(-6 // accumulation)
+    assert frozen == [i >= count // 2 for i in range(1, count + 1)]
 
 
 def test_weights_that_were_better_before_training_stay(taught: Context) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +126,8 @@ def test_points_tell_all_parts_apart():
 @pytest.fixture
 def context(make_model, text_data, tmp_path) -> Context:
     setup = prepare(make_model("bert"), DataSpec(path=str(text_data)), progress=Silent())
+    graph = tmp_path / "teacher.onnx"
+    graph.write_bytes(b"the teacher")
     return Context(
         teacher=setup.teacher,
         task=setup.task,
@@ -139,7 +140,7 @@ def context(make_model, text_data, tmp_path) -> Context:
         work=tmp_path,
         cache=tmp_path / "cache",
         progress=Silent(),
-        teacher_graph=Path("teacher.onnx"),
+        teacher_graph=graph,
     )
 
 
@@ -340,6 +341,15 @@ def test_what_operators_will_save_is_timed_and_predicted(context, monkeypatch):
     layers = ctx.teacher.arch.layers
     for shape in (replace(ctx.teacher.arch, layers=layers[:2]), replace(ctx.teacher.arch, layers=layers[1:2])):
         assert predict(shape) == pytest.approx(shorter(reshape(shape)), rel=0.05)
+
+
+def test_a_latency_table_is_not_taken_for_that_of_another_teacher(context, monkeypatch, tmp_path):
+    Clock(monkeypatch)
+    for weights in ("one", "two", "one"):
+        (tmp_path / "teacher.onnx").write_text(weights)
+        ctx = replace(context, teacher_graph=tmp_path / "teacher.onnx")
+        Search(finalists=0, samples=16, neuron_step=16).run(ctx.teacher, ctx)
+    assert len(list(context.cache.glob("latency-*.json"))) == 2
 
 
 def test_the_residual_stream_is_narrowed_where_the_recipe_lets_it(context, monkeypatch):

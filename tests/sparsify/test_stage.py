@@ -16,9 +16,11 @@ from onnx import numpy_helper
 from torch import nn
 
 from edgekd.cli import main
+from edgekd.context import Silent
 from edgekd.errors import ModelError, RecipeError
 from edgekd.export.names import module_of
 from edgekd.families.zeros import lost_zeros
+from edgekd.pipeline import artifact
 from edgekd.pipeline.artifact import Place, build
 from edgekd.prune import Prune
 from edgekd.quantize import Quantize
@@ -229,6 +231,44 @@ def test_ranges_found_before_are_found_again(setup, ctx):
     quantization = {"lowering": "int8_qdq", "ranges": {"a": [0, 1]}, "seed": 5}
     made = Sparsify(**ONE_SHOT).run(replace(setup.teacher, quantization=quantization), ctx)
     assert made.quantization == {"lowering": "int8_qdq", "seed": 5, "calibration": 128}
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_ranges_that_training_found_are_where_it_starts(setup, ctx, epochs):
+    student = load_student(setup.teacher.processor_dir, auto_class=AUTO)
+    quick = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-4}
+    static = Quantize(lowering="int8_static", activations="static", learned=True, tolerance=0.9, **quick)
+    student = static.run(setup.teacher, ctx)
+    far = {name: [low - 50, high + 50] for name, (low, high) in student.quantization["activations"].items()}
+    student = replace(student, quantization={**student.quantization, "activations": far})
+    made = Sparsify(**{**quick, "epochs": epochs}, masks="fixed", calibration=16, pattern="2:4").run(student, ctx)
+    assert made.quantization["learned"]
+    for name, (low, high) in made.quantization["activations"].items():
+        assert low < far[name][0] / 2
+        assert high > far[name][1] / 2
+        assert epochs or [low, high] == pytest.approx(far[name])
+
+
+def test_the_observer_of_the_ranges_is_asked_again(setup, ctx, tmp_path, monkeypatch):
+    quantize = Quantize(lowering="int8_static", observer="percentile", calibration=24, tolerance=0.9)
+    made = Sparsify(**ONE_SHOT).run(quantize.run(setup.teacher, ctx), ctx)
+    asked = []
+    find = artifact.find_ranges
+    monkeypatch.setattr(artifact, "find_ranges", lambda *given, **named: asked.append(named) or find(*given, **named))
+    place = Place(target=ctx.target, budget=ctx.budget, calibration=ctx.train)
+    build(made, setup.task, setup.validation, tmp_path, place=place, gate=False)
+    assert asked == [{"observer": "percentile"}]
+    assert made.quantization["calibration"] == 24
+
+
+def test_weights_that_were_fitted_to_a_grid_are_rounded_again(setup, ctx, tmp_path):
+    said = []
+    ctx = replace(ctx, progress=type("Heard", (Silent,), {"say": lambda self, text: said.append(text)})())
+    fitted = Quantize(lowering="int4_weights", rounding="adaptive", group=16, tolerance=0.9).run(setup.teacher, ctx)
+    assert fitted.quantization["weights"]["method"] == "gptq"
+    made = Sparsify(**ONE_SHOT).run(fitted, ctx)
+    assert any("export rounds to nearest" in text for text in said)
+    assert build(made, setup.task, setup.validation, tmp_path, gate=False).file.is_file()
 
 
 def test_the_teacher_must_read_the_same_tokens(setup, ctx):

@@ -30,6 +30,14 @@ def test_every_example_is_in_one_batch(count, shuffle):
     assert sorted(len(batch) for batch in cut)[1:] == [16] * (len(cut) - 1)
 
 
+@pytest.mark.parametrize("size", [3, 16])
+def test_no_example_is_trained_on_alone(size):
+    cut = batches(long_tailed(10 * size + 1), size, seed=1)
+    assert sorted(np.concatenate(cut).tolist()) == list(range(10 * size + 1))
+    assert sorted(len(batch) for batch in cut)[:3] == sorted([2, size - 1, size])
+    assert [len(batch) for batch in batches(long_tailed(3), 1)] == [1, 1, 1]
+
+
 def test_batches_are_a_function_of_seed_and_epoch():
     def draw(seed, epoch):
         return [batch.tolist() for batch in batches(long_tailed(500), 8, seed=seed, epoch=epoch)]

@@ -37,7 +37,7 @@ class FakeQuantized(nn.Module):
 
     def __init__(self, model: nn.Module, scheme: Scheme, *, observer: str, learned: bool) -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.observer, self.learned = scheme, observer, learned
         self.places: dict[str, str] = {}
         """Which quantizer rounds the input of a module, or an operand of attention (`module:operand`)."""
         self.quantizers = nn.ModuleDict()
@@ -83,6 +83,15 @@ class FakeQuantized(nn.Module):
             raise DataError("static ranges need examples to calibrate on, and there are none")
         for quantizer in self._all():
             quantizer.settle()
+
+    @torch.no_grad()
+    def take(self, ranges: Mapping[str, Range]) -> None:
+        """Set the ranges that are named, as `ranges` and `attention_ranges` tell them; `calibrate` must come first."""
+        for name, (low, high) in ranges.items():
+            if name in self.places:
+                quantizer: Any = self.quantizers[self.places[name]]
+                quantizer.low.fill_(low)
+                quantizer.high.fill_(high)
 
     def step(self) -> None:
         """Count a step of training."""
