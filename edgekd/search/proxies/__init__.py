@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edgekd.arch import Arch
-from edgekd.search.proxies import activation, diswot, fisher, kl
+from edgekd.search.proxies import activation, diswot, fisher, joint, kl
 from edgekd.search.proxies.context import ProxyContext, gather
 
 Score = Callable[[Arch], float]
@@ -19,6 +19,7 @@ PROXIES: dict[str, Callable[[ProxyContext], Score]] = {
     "diswot": diswot.diswot,
     "activation": activation.activation,
     "fisher": fisher.fisher,
+    "fisher_kl": joint.fisher_kl,
 }
 
 __all__ = ["PROXIES", "ProxyContext", "Score", "gather"]
