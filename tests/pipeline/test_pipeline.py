@@ -12,7 +12,7 @@ import pytest
 
 import edgekd
 from edgekd.data import DataSpec
-from edgekd.errors import BudgetError, DataError, ModelError, StageError, StoreError
+from edgekd.errors import BudgetError, DataError, ModelError, StageError, StoreError, TargetError
 from edgekd.latency.verdict import Verdict
 from edgekd.pipeline import compress, evaluate
 from edgekd.pipeline.compress import report_again
@@ -208,14 +208,14 @@ def test_a_budget_out_of_reach_leaves_a_verdict_and_no_bundle(make_recipe, tmp_p
     assert not list(tmp_path.glob("run/bundle*"))
 
 
-def two_rounds(monkeypatch, make_recipe):
+def two_rounds(monkeypatch, make_recipe, trouble=BudgetError):
     """A recipe whose search finds a shape in the first round, and none in the second."""
     calls = []
 
     def plan(settings, student, ctx):
         calls.append(ctx.strictness)
         if len(calls) > 1:
-            raise BudgetError("out of reach inside; the nearest point is 3×")
+            raise trouble("out of reach inside; the nearest point is 3×")
         return replace(student, plan=student.arch)
 
     monkeypatch.setattr("edgekd.search.strategy.choose", plan)
@@ -223,8 +223,9 @@ def two_rounds(monkeypatch, make_recipe):
     return make_recipe(stages=[{"search": {}}, {"prune": {"samples": 8}}], budget=budget)
 
 
-def test_a_later_round_out_of_reach_leaves_what_the_round_before_made(make_recipe, tmp_path, monkeypatch):
-    result = compress(two_rounds(monkeypatch, make_recipe), tmp_path / "run")
+@pytest.mark.parametrize("trouble", [BudgetError, TargetError], ids=["no shape", "the compiler refuses one"])
+def test_a_later_round_without_result_leaves_what_the_round_before_made(make_recipe, tmp_path, monkeypatch, trouble):
+    result = compress(two_rounds(monkeypatch, make_recipe, trouble), tmp_path / "run")
     manifest = result.manifests["local"]
     assert (result.bundles["local"] / "onnx" / "model.onnx").is_file()
     assert result.exit_code == 3
