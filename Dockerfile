@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
-# Usage: docker build -t edgekd . && docker run --rm -v "$PWD:/data" edgekd compress teacher --data texts --speedup 4 --out run
+# Usage: docker build -t edgekd . && docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" \
+#   edgekd compress teacher --data texts --speedup 4 --out run
 ARG PYTHON=3.11-slim-bookworm
 
 FROM python:${PYTHON} AS builder
@@ -9,6 +10,7 @@ ARG TORCH_INDEX=
 RUN python -m venv /opt/edgekd
 COPY pyproject.toml README.md LICENSE /src/
 COPY targets /src/targets
+COPY profiles /src/profiles
 COPY edgekd /src/edgekd
 RUN python -m pip wheel --no-deps --wheel-dir /wheels /src \
  && /opt/edgekd/bin/pip install ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} /wheels/*.whl \
@@ -20,7 +22,8 @@ LABEL org.opencontainers.image.title="edgekd" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --create-home --uid 10001 edgekd && install -d -o edgekd -g edgekd /data
 COPY --from=builder /opt/edgekd /opt/edgekd
-ENV PATH=/opt/edgekd/bin:$PATH PYTHONUNBUFFERED=1
+# Whoever runs it, with --user, has a place for caches.
+ENV PATH=/opt/edgekd/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp
 USER 10001
 WORKDIR /data
 ENTRYPOINT ["edgekd"]

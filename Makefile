@@ -51,7 +51,7 @@ format: $(STAMP) ## rewrite the sources in the project's style
 # Those that make what they need; lowering, proxies, ptq, pruning_criteria, supernet and weight_only want a teacher, see `python bench/NAME.py --help`.
 BENCH := budgets compress latency_prediction operators profile_overhead pruning training vendor_estimates verdict_simulation
 
-bench: $(STAMP) ## the comparisons the README's figures come from
+bench: $(STAMP) ## the comparisons that need no teacher
 	@for name in $(BENCH); do echo "$$name"; $(BIN)/python "bench/$$name.py" || exit 1; done
 
 clean: ## remove the environment, caches and builds; runs/ stays

@@ -87,8 +87,10 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the budgets to try [default: all]")
     parser.add_argument("--sequence", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "budgets.json")
+    parser.add_argument("--out", type=Path, help="JSON [default: budgets.json or budgets-random.json in bench/results]")
     arguments = parser.parse_args()
+    name = "budgets.json" if arguments.teacher else "budgets-random.json"
+    arguments.out = arguments.out or Path(__file__).parent / "results" / name
     teacher, task_name = _teacher(arguments.teacher)
     with tempfile.TemporaryDirectory(prefix="edgekd-bench-") as name:
         folder = Path(name)

@@ -45,8 +45,9 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--phase", choices=("shapes", "train", "measure", "all"), default="all")
-    parser.add_argument("--name", default="pruning")
+    parser.add_argument("--name", help="of the JSON in bench/results [default: pruning or pruning-digits]")
     options = parser.parse_args()
+    options.name = options.name or ("pruning" if options.teacher else "pruning-digits")
     if options.teacher is None:
         options.teacher = digits_teacher(options.work / "teacher", options.data)
     own = {"teacher": fingerprint(options.teacher), "data": options.data, "epochs": options.epochs}

@@ -67,6 +67,7 @@ def test_the_container_gets_the_files_it_copies_and_no_others():
     assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"
     assert copied <= kept
     assert {"edgekd", "targets", "pyproject.toml", "LICENSE", "README.md"} <= copied
+    assert set(project()["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]) <= copied
 
 
 # Make

@@ -66,7 +66,10 @@ def command(
         "augment": augment,
         "max_length": section.pop("max_length", None),
     }
-    chosen = {**{key: value for key, value in given.items() if value is not None}, **parse_settings(overrides)}
+    named, more = {key: value for key, value in given.items() if value is not None}, parse_settings(overrides)
+    if twice := sorted(named.keys() & more.keys()):
+        raise click.UsageError(f"{', '.join(twice)} is given twice, by --set and by an option of its own")
+    chosen = {**named, **more}
     from edgekd.data import DataSpec
     from edgekd.distill.finetune import finetune, finetune_settings
 

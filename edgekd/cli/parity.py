@@ -27,7 +27,7 @@ def command(
 
     \b
     Example:
-      edgekd parity runs/movies/student runs/movies/bundle --data data/movies
+      edgekd parity runs/movies/05-quantize runs/movies/bundle --data data/movies
     """
     start(as_json=as_json, quiet=quiet, verbose=verbose)
     if settings["data"] is None:

@@ -59,6 +59,10 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
             raise RecipeError(unknown(f"lowering on target {device.name}", lowering, device.forms))
         budget = budget_of(device, budget_section(settings))
         require(device, budget, {name: stage})
+        if name == "search" and not budget.asks_latency:
+            raise click.UsageError("give --speedup or --latency-p95-ms: search looks for a shape that meets it")
+        if name == "distill" and teacher is None:
+            raise click.UsageError("give --teacher: whose answers IN learns (IN itself teaches it nothing new)")
         from edgekd.pipeline.alone import Alone, run_alone
 
         asked = Alone(

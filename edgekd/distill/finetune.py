@@ -89,12 +89,15 @@ def finetune(
 
     Raises:
         ModelError: the base cannot be used, for instance because it has no weights.
+        RecipeError: the settings do not suit a model of texts.
         DataError: the data cannot be used, or has no labels.
         StoreError: `out` cannot be written.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).is_file())):
         raise StoreError(f"will not replace {out}: edgekd finetune did not write it; choose another --out")
     progress = progress if this_process().main else Silent()
+    if (out / RECORD).is_file():
+        progress.say(f"{out} has an earlier teacher, which this one will replace")
     with _work(out) as work:
         return _teach(base, spec, out, work, settings=settings, seed=seed, progress=progress)
 
@@ -124,6 +127,8 @@ def _teach(
     scratch = base.startswith(PREFIX)
     folder = work / "base" if scratch else _base(base)
     task = TASKS["image-classification"] if scratch else _task(folder)
+    if settings.augment != "none" and task.kind == "text":
+        raise RecipeError(f"augment: {settings.augment} moves images, and {base} reads texts; leave it out")
     splits = load_splits(spec, kind=task.kind, id2label=None)
     for note in splits.notes:
         progress.say(f"data: {note}")

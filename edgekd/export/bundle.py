@@ -51,11 +51,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} is not a bundle: it has no {MANIFEST}; give the folder that `edgekd compress` made")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        schema, hashes = int(manifest["schema"]), dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ModelError(f"{file} is damaged: {error}") from None
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if not isinstance(schema, int):
+        raise ModelError(f"{file} is damaged: it is no JSON object with a number as schema")
     if schema > SCHEMA:
         raise ModelError(f"{file} has schema {schema}; this edgekd reads up to {SCHEMA}: update edgekd")
+    hashes = manifest.get("files")
+    if not isinstance(hashes, dict):
+        raise ModelError(f"{file} is damaged: it does not say what files there are")
     for name, digest in hashes.items():
         if not (folder / name).is_file():
             raise ModelError(f"{folder} is incomplete: {name} is missing")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.errors import ModelError
+from edgekd.files import sha256_file
 from edgekd.latency.feeds import read_json
 from edgekd.target_fields import SESSION_OPTIONS
 
@@ -26,22 +27,28 @@ class Artifact:
 def find_artifact(model: str | Path) -> Artifact:
     """The ONNX file of an .onnx path, a bundle (`edgekd.json` names it), or a folder with one model in it.
 
-    A bundle's `artifact.session` holds the session options its figures were measured with.
+    A bundle's `artifact.needs.session_options` are those it needs to be fast.
 
     Raises:
-        ModelError: there is no model, or more than one to choose from.
+        ModelError: there is no model, or more than one to choose from; or the bundle is damaged.
     """
     path = Path(model)
     if path.is_file():
         return Artifact(path)
     if not path.is_dir():
         raise ModelError(f"there is no model {path}: expected an .onnx file, a bundle or a folder with model.onnx")
-    described = read_json(path / MANIFEST).get("artifact")
+    manifest = read_json(path / MANIFEST)
+    if (path / MANIFEST).is_file() and not manifest:
+        raise ModelError(f"{path / MANIFEST} is damaged: it holds no JSON object; make the bundle again")
+    described = manifest.get("artifact")
     if isinstance(described, dict) and isinstance(described.get("file"), str):
         file = path / described["file"]
         if not file.is_file():
             raise ModelError(f"the bundle {path} is incomplete: {MANIFEST} names {described['file']}, which is missing")
-        session = described.get("session") or {}
+        hashes = manifest.get("files")
+        if isinstance(hashes, dict) and hashes.get(described["file"]) not in (None, sha256_file(file)):
+            raise ModelError(f"{file} is not the file that was bundled: its SHA-256 differs from {MANIFEST}")
+        session = (described.get("needs") or {}).get("session_options") or {}
         return Artifact(file, {key: value for key, value in session.items() if key in SESSION_OPTIONS})
     for place in USUAL_PLACES:
         if (path / place).is_file():

@@ -185,7 +185,9 @@ class LatencyTable:
                 points=tuple(points),
                 held_out=dict(data["held_out"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except KeyError as error:
+            raise ModelError(f"the latency table is damaged: it has no {error}; calibrate again") from None
+        except (TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"the latency table is damaged: {error}; calibrate again") from None
 
     def save(self, path: Path) -> None:

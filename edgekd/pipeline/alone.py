@@ -11,7 +11,7 @@ from typing import Any
 from edgekd.context import Budget, Context, Progress, as_it_is
 from edgekd.data import DataSpec
 from edgekd.distill.processes import this_process
-from edgekd.errors import ModelError, StoreError
+from edgekd.errors import EdgekdError, ModelError, StoreError
 from edgekd.families.zeros import lost_zeros
 from edgekd.files import explained, publish, sha256_folder, sha256_json, write_json
 from edgekd.operators import Operators
@@ -61,8 +61,15 @@ def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: 
     work = final.parent / f".{final.name}.work-{_key(name, stage, asked, setup)[:16]}"
     with explained("write", work):
         work.mkdir(parents=True, exist_ok=True)
-    context = _context(name, own, asked, work, progress)
-    result = without_lost_promises(stage.run(student, context), progress)
+    if (final / RECORD).is_file():
+        progress.say(f"{final} has an earlier result, which this one will replace")
+    try:
+        context = _context(name, own, asked, work, progress)
+        result = without_lost_promises(stage.run(student, context), progress)
+    except EdgekdError:
+        # Only what a kill has left is taken up again: after a refusal something has to be changed.
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     record = {"stage": name, "shape": result.arch.describe(), "details": plain(context.notes)}
     if this_process().main:
         _publish(result, record, final, setup, work)

@@ -50,7 +50,8 @@ def export(
     task = get_task(infer_task(read_config(folder)))
     student, processor = load_student(folder, auto_class=task.auto_class), task.load_processor(folder)
     form = form_for(student, target)
-    length = check_length(processor, target, budget) if target.is_static and task.kind == "text" else None
+    length = check_length(processor, budget) if task.kind == "text" else None
+    length = length if target.is_static else None
     split, encoded = _examples(task, processor, student, data, length)
     calibration = _calibration(form, task, processor, student, data, target, length)
     final.parent.mkdir(parents=True, exist_ok=True)

@@ -126,9 +126,11 @@ def fitted(setup: Setup, target: Target, budget: Budget) -> Setup:
     Raises:
         RecipeError: the sequence length is more than the model takes.
     """
-    if not target.is_static or setup.task.kind != "text":
+    if setup.task.kind != "text" or not (target.is_static or budget.asks_latency):
         return setup
-    length = check_length(setup.processor, target, budget)
+    length = check_length(setup.processor, budget)
+    if not target.is_static:
+        return setup
     parts: dict[str, Any] = {}
     for name, examples in setup.raw.items():
         whole = getattr(setup, name)
@@ -151,18 +153,15 @@ def tokenizer_hash(folder: Path) -> str:
     return sha256_json({name: sha256_file(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()})
 
 
-def check_length(processor: Processor, target: Target, budget: Budget) -> int:
-    """The budget's sequence length, for a target with fixed shapes.
+def check_length(processor: Processor, budget: Budget) -> int:
+    """The budget's sequence length: the shapes' own on some targets, on all that which latencies are of.
 
     Raises:
         RecipeError: it is more than the model takes.
     """
     most = processor.max_length
     if most is not None and budget.sequence > most:
-        raise RecipeError(
-            f"budget.sequence is {budget.sequence}, and target {target.name} fixes the shapes to it; "
-            f"the most that this model takes is {most}"
-        )
+        raise RecipeError(f"budget.sequence is {budget.sequence}; expected 1 to {most}, the most this model takes")
     return budget.sequence
 
 

@@ -68,7 +68,19 @@ def test_unknown_commands_and_options_are_usage_errors():
     assert "--threads" in done.output
 
 
-@pytest.mark.parametrize("arguments", [["compress", "--out", "x"], ["evaluate", "x"], ["prune", "x", "--out", "y"]])
+ALONE = ["x", "--data", "d", "--out", "y"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compress", "--out", "x"],
+        ["evaluate", "x"],
+        ["prune", "x", "--out", "y"],
+        ["search", *ALONE],
+        ["distill", *ALONE],
+    ],
+)
 def test_what_is_missing_is_named(arguments):
     done = invoke(*arguments)
     assert done.exit_code == 2
@@ -166,7 +178,7 @@ def test_search_foresees_the_operators_it_is_told_of(make_model, text_data, tmp_
     for stage in (Search, Prune):
         monkeypatch.setattr(stage, "run", lambda self, student, ctx: seen.append(ctx.reshape) or student)
     common = [make_model("bert"), "--data", text_data, "-q"]
-    search, prune = ["search", *common, "--speedup", 2], ["prune", *common]
+    search, prune = ["search", *common, "--speedup", 2, "--sequence", 16], ["prune", *common]
     operators = ["--operators", "{force: true}"]
     for number, command in enumerate(([*search, *operators], search, [*prune, *operators])):
         done = invoke(*command, "--out", tmp_path / str(number))
@@ -247,7 +259,21 @@ def test_wrong_stage_settings_are_refused_in_the_same_words(make_model, text_dat
         assert done.exit_code == 2, done.output
         assert message in done.output
     assert "no shape to cut to" in invoke(*prune).output
-    assert not (tmp_path / "p").exists()
+    done = invoke("export", make_model("bert"), "--data", text_data, "--out", tmp_path / "b", "--sequence", 9999)
+    assert "sequence is 9999; expected 1 to 32, the most this model takes" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_of_finetune_is_given_once_and_suits_the_model(make_model, text_data, tmp_path):
+    finetune = ["finetune", make_model("bert"), "--data", text_data, "--out", tmp_path / "t", "-q"]
+    for more, message in [
+        (["--batch-size", 4, "--set", "batch_size=2"], "batch_size is given twice"),
+        (["--augment", "shift"], "augment: shift moves images"),
+    ]:
+        done = invoke(*finetune, *more)
+        assert done.exit_code == 2, done.output
+        assert message in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stage_does_not_replace_what_it_did_not_make(make_model, text_data, tmp_path):

@@ -176,9 +176,13 @@ def test_a_changed_missing_or_newer_bundle_is_refused(bundle):
     (bundle / "edgekd.json").write_text(json.dumps({**manifest, "schema": 99}))
     with pytest.raises(ModelError, match="has schema 99; this edgekd reads up to 1: update edgekd"):
         read_manifest(bundle)
-    (bundle / "edgekd.json").write_text("{")
-    with pytest.raises(ModelError, match="is damaged"):
-        read_manifest(bundle)
+    for text, said in (
+        ('{"schema": 99}', "update edgekd"), ("{", "is damaged"), ("[]", "no JSON object with a number as schema"),
+        ("{}", "no JSON object with a number"), ('{"schema": 1}', "does not say what files there are"),
+    ):  # fmt: skip
+        (bundle / "edgekd.json").write_text(text)
+        with pytest.raises(ModelError, match=said):
+            read_manifest(bundle)
     (bundle / "edgekd.json").unlink()
     with pytest.raises(ModelError, match="is not a bundle"):
         read_manifest(bundle)

@@ -132,7 +132,8 @@ def test_wrong_usage_is_one_message_and_exit_2(text_model: Path, arguments: list
 def test_a_bundle_names_its_artifact_and_how_to_load_it(text_model: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     (bundle / "onnx").mkdir(parents=True)
-    manifest = {"artifact": {"file": "onnx/small.onnx", "session": {"graph_optimization": "disabled", "later": 1}}}
+    needs = {"session_options": {"graph_optimization": "disabled", "later": 1}}
+    manifest: dict[str, Any] = {"artifact": {"file": "onnx/small.onnx", "needs": needs}}
     (bundle / "edgekd.json").write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match=r"incomplete: edgekd\.json names onnx/small\.onnx, which is missing"):
         find_artifact(bundle)
@@ -140,6 +141,12 @@ def test_a_bundle_names_its_artifact_and_how_to_load_it(text_model: Path, tmp_pa
     artifact = find_artifact(bundle)
     assert artifact.path == bundle / "onnx" / "small.onnx"
     assert artifact.options == {"graph_optimization": "disabled"}
+    (bundle / "edgekd.json").write_text(json.dumps({**manifest, "files": {"onnx/small.onnx": "0" * 64}}))
+    with pytest.raises(ModelError, match=r"small\.onnx is not the file that was bundled"):
+        find_artifact(bundle)
+    (bundle / "edgekd.json").write_text("{")
+    with pytest.raises(ModelError, match=r"edgekd\.json is damaged"):
+        find_artifact(bundle)
 
 
 def test_folders_are_searched_in_the_usual_places(text_model: Path, image_model: Path, tmp_path: Path) -> None:
