@@ -34,5 +34,6 @@ def command(bundle: Path, as_json: bool, quiet: bool, verbose: bool, **settings:
     result = evaluate(bundle, DataSpec(**section), max_length=max_length)
     low, high = result["ci95"]
     where = f"95 % interval {low:.4f}–{high:.4f}, n={result['n']}, {result['split']}"
-    line = f"{result['metric']} {result['value']:.4f} ({where})"
+    left = f"; {result['unlabelled']} without a label do not count" if "unlabelled" in result else ""
+    line = f"{result['metric']} {result['value']:.4f} ({where}{left})"
     finish(result, as_json=as_json, text=lambda: click.echo(line))

@@ -62,8 +62,11 @@ def load_splits(spec: DataSpec, *, kind: Kind, id2label: Mapping[int, str] | Non
     )
 
 
-def load_evaluation(spec: DataSpec, *, kind: Kind, id2label: Mapping[int, str] | None) -> tuple[str, Examples]:
-    """(name, examples) of what a model is to be judged on: the test split, else validation, else all there is.
+def load_evaluation(spec: DataSpec, *, kind: Kind, id2label: Mapping[int, str] | None) -> tuple[str, Examples, int]:
+    """What a model is to be judged on: the test split, else validation, else all there is.
+
+    Returns:
+        The split's name, its examples that have a label, and how many have none.
 
     Raises:
         DataError: as `load_splits`; or there are no labels.
@@ -72,7 +75,8 @@ def load_evaluation(spec: DataSpec, *, kind: Kind, id2label: Mapping[int, str] |
     role = next(role for role in ("test", "validation", "train") if role in source)
     table = source[role]()
     splits, columns, _, _ = _read({role: table}, spec, kind, id2label)
-    return role, _labelled(splits[role], role, columns, tuple(table.columns))
+    labelled = _labelled(splits[role], role, columns, tuple(table.columns))
+    return role, labelled, len(splits[role]) - len(labelled)
 
 
 def require_labels(splits: Splits, role: Literal["train", "validation", "test"]) -> Examples:

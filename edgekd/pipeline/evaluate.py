@@ -18,7 +18,7 @@ def evaluate(bundle: str | Path, spec: DataSpec, *, max_length: int | None = Non
     Where its shapes are fixed, longer texts are cut to its sequence length, as they would be on the device.
 
     Returns:
-        `metric`, `split`, `value`, `ci95` (Wilson) and `n`.
+        `metric`, `split`, `value`, `ci95` (Wilson) and `n`; `unlabelled`, if some examples have no label and do not count.
 
     Raises:
         ModelError: not a bundle, or one whose files were changed.
@@ -28,10 +28,11 @@ def evaluate(bundle: str | Path, spec: DataSpec, *, max_length: int | None = Non
     manifest = read_manifest(folder)
     task = get_task(manifest["task"])
     names = {int(index): str(name) for index, name in read_config(folder)["id2label"].items()}
-    split, examples = load_evaluation(spec, kind=task.kind, id2label=names)
+    split, examples, unlabelled = load_evaluation(spec, kind=task.kind, id2label=names)
     length = manifest["artifact"].get("fixed", {}).get("sequence")
     if length is not None:
         max_length = min(max_length or length, length)
     encoded = task.encode(task.load_processor(folder), examples, max_length)
     file = folder / manifest["artifact"]["file"]
-    return {"bundle": str(folder), "split": split, **score(file, task, encoded)}
+    found = {"bundle": str(folder), "split": split, **score(file, task, encoded)}
+    return {**found, "unlabelled": unlabelled} if unlabelled else found

@@ -151,5 +151,5 @@ def _examples(
 ) -> tuple[str, Encoded]:
     if data is None:
         return "none", _MadeUp(example_feeds(task, processor, student.model.config.to_dict(), 8, length))
-    split, examples = load_evaluation(data, kind=task.kind, id2label=id2label(student.model.config))
+    split, examples, _ = load_evaluation(data, kind=task.kind, id2label=id2label(student.model.config))
     return split, task.encode(processor, examples, length)

@@ -48,7 +48,7 @@ def parity(
     folder, file = local_folder(str(source)), _file(Path(artifact))
     task = get_task(infer_task(read_config(folder)))
     student, processor = load_student(folder, auto_class=task.auto_class), task.load_processor(folder)
-    split, examples = load_evaluation(spec, kind=task.kind, id2label=id2label(student.model.config))
+    split, examples, _ = load_evaluation(spec, kind=task.kind, id2label=id2label(student.model.config))
     encoded = task.encode(processor, examples, _length(file) or max_length)
     encoded = encoded.take(np.linspace(0, len(encoded) - 1, min(count, len(encoded))).astype(np.int64))
     if encoded.labels is None:

@@ -228,8 +228,8 @@ def test_evaluation_takes_the_test_split_or_what_there_is(jsonl, rows, tmp_path)
     jsonl("d/val.jsonl", rows(4))
     assert evaluate(tmp_path / "d")[0] == "validation"
     jsonl("d/test.jsonl", [*rows(2), {"text": "no label"}])
-    name, examples = evaluate(tmp_path / "d")
-    assert (name, len(examples)) == ("test", 2)
+    name, examples, unlabelled = evaluate(tmp_path / "d")
+    assert (name, len(examples), unlabelled) == ("test", 2, 1)
     jsonl("d/test.jsonl", [{"text": "a", "sort": 1}])
     with pytest.raises(DataError, match=r"the test split has no labels: .*its columns are: text, sort"):
         evaluate(tmp_path / "d")

@@ -9,8 +9,10 @@ from dataclasses import replace
 import numpy as np
 import onnxruntime as ort
 import pytest
+from click.testing import CliRunner
 
 import edgekd
+from edgekd.cli import main
 from edgekd.data import DataSpec
 from edgekd.errors import BudgetError, DataError, ModelError, StageError, StoreError, TargetError
 from edgekd.latency.verdict import Verdict
@@ -329,6 +331,16 @@ def test_export_of_a_stage_folder_gives_the_same_artifact(finished, text_data, t
     with pytest.raises(StoreError, match="it is not a bundle"):
         export(student, tmp_path / "mine", target=target, budget=budget)
     assert (tmp_path / "mine" / "file").read_text() == "mine"
+
+
+def test_evaluate_says_how_many_examples_do_not_count(bundle, tmp_path):
+    rows = [{"text": "good film", "label": 1}, {"text": "bad film", "label": 0}, {"text": "who knows"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = CliRunner().invoke(main, ["evaluate", str(bundle), "--data", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "n=2" in done.output
+    assert "1 without a label do not count" in done.output
 
 
 def test_evaluate_refuses_what_is_not_a_whole_bundle(bundle, text_data, tmp_path):
