@@ -18,7 +18,7 @@ def evaluate(bundle: str | Path, spec: DataSpec, *, max_length: int | None = Non
     Where its shapes are fixed, longer texts are cut to its sequence length, as they would be on the device.
 
     Returns:
-        `metric`, `split`, `value`, `ci95` (Wilson) and `n`; `unlabelled`: how many do not count for want of a label, if any.
+        `metric`, `split`, `value`, `ci95` (Wilson) and `n`; `unlabelled`, if some do not count for want of a label.
 
     Raises:
         ModelError: not a bundle, or one whose files were changed.

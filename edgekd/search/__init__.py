@@ -47,7 +47,7 @@ class Search:
     buys: ClassVar[tuple[str, ...]] = ()
 
     strategy: Literal["auto", "exhaustive", "evolution", "greedy", "allocate"] = "auto"
-    proxy: Literal["kl", "diswot", "activation", "fisher", "fisher_kl"] = "fisher"
+    proxy: Literal["kl", "diswot", "activation", "fisher", "fisher_kl"] = "fisher_kl"
     samples: int = 256
     margin: float = 0.04
     head_step: Annotated[int, Ge(1)] | None = None

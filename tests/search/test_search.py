@@ -356,7 +356,7 @@ def test_the_residual_stream_is_narrowed_where_the_recipe_lets_it(context, monke
     clock = Clock(monkeypatch)
     monkeypatch.setattr(clock, "cost", lambda arch, cost=clock.cost: cost(arch) * (arch.hidden / 32) ** 0.7)
     monkeypatch.setattr(
-        strategy, "PROXIES", {"fisher": lambda evidence: lambda arch: abs(arch.hidden - 24) + len(arch.layers)}
+        strategy, "PROXIES", {"fisher_kl": lambda evidence: lambda arch: abs(arch.hidden - 24) + len(arch.layers)}
     )
     plan = Search(finalists=0, samples=16, neuron_step=4, hidden_step=8).run(context.teacher, context).plan
     assert plan.hidden == 24
@@ -382,7 +382,7 @@ def test_the_stages_of_a_convolutional_net_are_narrowed_together(context, make_m
     noise = generator.integers(0, 255, (24, 8, 8), dtype=np.uint8)
     data = task.encode(processor, Examples(columns={"image": list(noise)}, labels=np.arange(24) % 2), None)
     ctx = replace(context, teacher=teacher, task=task, processor=processor, train=data, validation=data)
-    monkeypatch.setattr(strategy, "PROXIES", {"fisher": lambda evidence: lambda arch: float(arch.hidden)})
+    monkeypatch.setattr(strategy, "PROXIES", {"fisher_kl": lambda evidence: lambda arch: float(arch.hidden)})
     plan = Search(finalists=0, samples=16, hidden_step=8, strategy="greedy").run(teacher, ctx).plan
     assert plan.hidden < teacher.arch.hidden
     assert plan.channels[-1] == plan.hidden
