@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,10 @@ class Hunt:
         """Measure shapes side by side: one check."""
         self.left -= 1
         for plan, used in zip(plans, self.use([(self.body, plan) for plan in plans]), strict=True):
-            self.checks.append({"shape": plan.describe(), "predicted_ms": self.predict(plan), "used": used})
-            self.ctx.progress.say(f"search: {plan.describe()} uses {used:.0%} of the budget as {self.gauge.how}")
+            told = used if math.isfinite(used) else None
+            self.checks.append({"shape": plan.describe(), "predicted_ms": self.predict(plan), "used": told})
+            if told is not None:
+                self.ctx.progress.say(f"search: {plan.describe()} uses {used:.0%} of the budget as {self.gauge.how}")
 
     def use(self, plans: Sequence[tuple[Body, Arch]]) -> list[float]:
         """Shares of the budget that shapes of some bodies use once they are as they will ship.
@@ -109,6 +112,8 @@ class Hunt:
 
     def corrected(self, plan: Arch) -> float:
         """The limit for shapes whose latencies are mispredicted as that of this measured one."""
+        if math.isinf(self.measured[plan]):
+            return self.predict(plan)
         return self.predict(plan) * self.aim / self.measured[plan]
 
     def following(self, plan: Arch) -> Arch | None:

@@ -16,7 +16,7 @@ from edgekd.calibrate.bodies import Body
 from edgekd.calibrate.estimates import Estimator
 from edgekd.calibrate.graphs import build_graphs
 from edgekd.devices import is_estimated, unavailable
-from edgekd.errors import StageError
+from edgekd.errors import ModelError, StageError
 from edgekd.latency.bench import Settings, Subject, measure
 from edgekd.latency.cell import Frame
 from edgekd.latency.stats import Samples, summarize
@@ -143,23 +143,29 @@ class Gauge:
         """Share of the budget at the worse end of its interval: at 1 the verdict is just a pass.
 
         Each plan is a body, the shape to cut from it and its predicted latency in milliseconds. They are measured in
-        turns with the teacher and each other. Where nothing can be run, an estimate or the prediction has to do.
+        turns with the teacher and each other. Where nothing can be run, an estimate or the prediction has to do. What
+        the target's compiler refuses uses infinitely much.
         """
         ctx = self.ctx
         if unavailable(ctx.target) is not None:
             return [self.share(ms) for _, _, ms in plans]
         if is_estimated(ctx.target):
             with Estimator(ctx.target, ctx.work) as estimate:
-                return [
-                    self.share(estimate(narrowed(body, arch.hidden), arch, frame_for(body, ctx)).ms)
-                    for body, arch, _ in plans
-                ]
+                return [self._estimated(estimate, body, arch) for body, arch, _ in plans]
         subjects = [Subject(name="teacher", path=teacher_graph(ctx))]
         for i, (body, arch, _) in enumerate(plans):
             file = build_graph(body, arch, frame_for(body, ctx), ctx, ctx.work / f"check{i}.onnx")
             subjects.append(Subject(name=f"student{i}", path=file))
         teacher, *samples = time_graphs(subjects, ctx, blocks=120)
         return [self._worst(sample, teacher) for sample in samples]
+
+    def _estimated(self, estimate: Estimator, body: Body, arch: Arch) -> float:
+        try:
+            ms = estimate(narrowed(body, arch.hidden), arch, frame_for(body, self.ctx)).ms
+        except ModelError as error:
+            self.ctx.progress.say(f"search: {arch.describe()} is left out: {error}")
+            return math.inf
+        return self.share(ms)
 
     def share(self, ms: float) -> float:
         """Share of the budget that a latency without an interval uses."""

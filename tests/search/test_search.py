@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from edgekd.calibrate.shapes import chains, short_chains
 from edgekd.context import Budget, Context, Silent
 from edgekd.data import DataSpec, Examples
 from edgekd.devices import Estimate, usual_threads
-from edgekd.errors import BudgetError, RecipeError, TargetError
+from edgekd.errors import BudgetError, ModelError, RecipeError, TargetError
 from edgekd.latency.stats import Samples
 from edgekd.latency.table import Conditions, LatencyTable, Point, frame_of
 from edgekd.pipeline.setup import prepare
@@ -286,12 +287,25 @@ def test_a_compiled_target_is_searched_by_estimates(context, monkeypatch):
 
         def __exit__(self, *problem): ...
         def __call__(self, body, arch, frame):
+            if arch in refused:
+                raise ModelError("no costs")
             return Estimate(ms=clock.cost(arch))
 
+    refused, used = [], timing.Gauge.used
+
+    def refuse_the_first(self, plans):
+        refused.extend(arch for _, arch, _ in plans if not refused)
+        return used(self, plans)
+
+    monkeypatch.setattr(timing.Gauge, "used", refuse_the_first)
     monkeypatch.setattr(timing, "Estimator", Fake)
     for module in (timing, reference):
         monkeypatch.setattr(module, "is_estimated", lambda target: True)
     plan = Search(finalists=0, samples=16, neuron_step=4).run(context.teacher, context).plan
+    assert len(refused) == 1, "a shape that the compiler refuses is passed over"
+    assert plan not in refused
+    assert [check["used"] is None for check in context.notes["checks"]].count(True) == 1
+    json.dumps(context.notes["checks"], allow_nan=False)
     assert 2.0 <= clock.cost(context.teacher.arch) / clock.cost(plan) < 2.0 / 0.85
 
 
