@@ -81,12 +81,13 @@ def stage_command(name: str, short_help: str, text: str) -> click.Command:
         finish(result, as_json=as_json, text=lambda: click.echo(f"{result['out']}: {result['shape']}"))
 
     run.__doc__ = text
+    of_teacher = "The teacher." if name == "distill" else "The teacher [default: IN itself]."
     decorated: Callable[..., None] = run
     for decorator in reversed(
         (
             click.argument("model", metavar="IN"),
             click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the result."),
-            click.option("--teacher", metavar="FOLDER", help="The teacher [default: IN itself]."),
+            click.option("--teacher", metavar="FOLDER", help=of_teacher),
             click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A setting of the stage."),
             click.option("--target", default="local", show_default=True, help="Device."),
             budget_options,

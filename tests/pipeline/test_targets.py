@@ -146,7 +146,7 @@ def test_the_card_of_a_fixed_bundle_says_how_to_run_it(orin):
 
 def test_a_sequence_longer_than_the_model_takes_is_refused(make_recipe, tmp_path):
     recipe = make_recipe(targets=["gpu-jetson-orin"], stages=[PRUNE], budget={**BUDGET, "sequence": 33})
-    with pytest.raises(RecipeError, match=r"budget\.sequence is 33(?s:.)*the most that this model takes is 32"):
+    with pytest.raises(RecipeError, match=r"budget\.sequence is 33(?s:.)*expected 1 to 32, the most this model takes"):
         compress(recipe, tmp_path / "run")
 
 

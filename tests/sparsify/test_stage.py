@@ -306,7 +306,8 @@ def test_the_command_makes_a_sparse_folder_and_speaks_up(make_model, text_data, 
 def test_another_stage_after_it_gives_up_the_promise_and_says_so(sparse, text_data, tmp_path):
     sparse.save(tmp_path / "s")
     settings = ["--set", "epochs=1", "--set", "batch_size=32", "--out", str(tmp_path / "d")]
-    done = CliRunner().invoke(main, ["distill", str(tmp_path / "s"), "--data", str(text_data), *settings])
+    folder = str(tmp_path / "s")
+    done = CliRunner().invoke(main, ["distill", folder, "--teacher", folder, "--data", str(text_data), *settings])
     assert done.exit_code == 0, done.output
     assert "the zeros of a sparse model did not live through this stage" in done.output
     assert load_student(tmp_path / "d", auto_class=AUTO).sparsity is None
