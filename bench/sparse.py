@@ -9,8 +9,8 @@ defaults but for what an arm changes:
 
     patterns  unstructured-50, unstructured-75, unstructured-90, 2:4, 4x1-75, …: pattern and percent of zeros;
               with `-int8` at the end the training is under 8-bit rounding of weights and activations
-    losses    squarehead (the stage's own: labels, SquareHead, KL), squarehead_kl (without labels), kl (alone), plain
-              (labels alone)
+    losses    squarehead (the stage's own: SquareHead, KL), squarehead_labels (labels too), kl (alone), plain (labels
+              alone)
 
 Students are trained in `--jobs` processes of one thread. Accuracy is that of the ONNX files, float and int8 with
 dynamic ranges, on the test split, which no choice looks at; bytes are those of the whole file, of ONNX's sparse
@@ -35,7 +35,9 @@ from common import surroundings as of_machine
 PATTERNS = ("unstructured-50", "unstructured-75", "unstructured-90", "2:4", "4x1-75", "2:4-int8")
 LOSSES: dict[str, dict[str, Any]] = {
     "squarehead": {},
-    "squarehead_kl": {"losses": {"squarehead": 1.0, "forward_kl": {"weight": 1.0, "temperature": 2.0}}},
+    "squarehead_labels": {
+        "losses": {"cross_entropy": 1.0, "squarehead": 1.0, "forward_kl": {"weight": 1.0, "temperature": 2.0}}
+    },
     "kl": {"losses": {"forward_kl": {"weight": 1.0, "temperature": 2.0}}},
     "plain": {"losses": {"cross_entropy": 1.0}},
 }

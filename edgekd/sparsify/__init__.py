@@ -20,7 +20,7 @@ __all__ = ["Sparsify"]
 
 
 def _default_losses() -> LossSettings:
-    return {"cross_entropy": 1.0, "squarehead": 1.0, "forward_kl": {"weight": 1.0, "temperature": 2.0}}
+    return {"squarehead": 1.0, "forward_kl": {"weight": 1.0, "temperature": 2.0}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class Sparsify(Taught):
     calibration: Annotated[int, Ge(1)] = 128
     dense: tuple[str, ...] = ()
     masks: Literal["fixed", "gradual", "adaptive"] = "gradual"
-    ramp: tuple[float, float] = (0.25, 0.75)
+    ramp: tuple[float, float] = (0.0, 0.5)
     mask_steps: Annotated[int, Ge(0)] = 0
     mask_decay: Annotated[float, Ge(0)] = 1e-4
     boost: Annotated[int, Ge(0)] = 0
     teacher: Literal["student", "teacher"] = "student"
     storage: Literal["dense", "compressed"] = "dense"
     epochs: Annotated[int, Ge(0)] = 4
-    learning_rate: Annotated[float, Gt(0)] = 1e-4
+    learning_rate: Annotated[float, Gt(0)] = 3e-4
     losses: LossSettings = field(default_factory=_default_losses)
     weight_decay: Annotated[float, Ge(0)] = 0.0
     dropout: Annotated[float, Ge(0), Lt(1)] | None = 0.0

@@ -77,7 +77,8 @@ def test_the_number_of_zeros_follows_the_schedule(setup, ctx, monkeypatch, kind)
     zeros = []
     after = train.Course.after_step
     monkeypatch.setattr(train.Course, "after_step", lambda course: (after(course), zeros.append(course.masks.sparsity)))
-    Sparsify(**{**SETTINGS, "pattern": "unstructured"}, masks=kind, mask_steps=1).run(setup.teacher, ctx)
+    settings = Sparsify(**{**SETTINGS, "pattern": "unstructured"}, masks=kind, mask_steps=1, ramp=(0.25, 0.75))
+    settings.run(setup.teacher, ctx)
     if kind == "gradual":
         ramp = Ramp(start=0.25, end=0.75, every=1)
         assert zeros == pytest.approx([0.75 * ramp.share(step, 12) for step in range(12)], abs=1e-3)
@@ -122,7 +123,7 @@ def test_only_settled_weights_may_win(setup, ctx, monkeypatch, kind):
         evaluate(run, meter)
 
     monkeypatch.setattr(loop, "_evaluate", falling)
-    Sparsify(**SETTINGS, masks=kind, evaluate_steps=3, patience=2).run(setup.teacher, ctx)
+    Sparsify(**SETTINGS, masks=kind, evaluate_steps=3, patience=2, ramp=(0.25, 0.75)).run(setup.teacher, ctx)
     told = ctx.notes["training"]
     assert [entry["step"] for entry in told["history"]] == [3, 6, 9, 12]
     # Masks become final before step 9 (from 0), so after 9 steps they are not yet.
