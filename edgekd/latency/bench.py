@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from edgekd import host
 from edgekd.devices import Operator, device_of, unavailable, usual_threads
 from edgekd.errors import ModelError, TargetError
-from edgekd.latency.feeds import Feeds, synthesize
+from edgekd.latency.feeds import Feeds, read_feeds, synthesize
 from edgekd.latency.stats import Samples
 from edgekd.target import Target
 
@@ -208,12 +207,4 @@ def _feeds(
         raise ModelError(f"there is no model file {model.path}")
     if model.feeds is None:
         return synthesize(model.path, batch=batch, sequence=sequence, shapes=shapes, seed=seed)
-    try:
-        with np.load(model.feeds, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise ModelError(f"cannot read the inputs {model.feeds}: not an .npz file of numbers ({error})") from None
-    ids = arrays.get("input_ids")
-    first = next(iter(arrays.values()), np.zeros(1))
-    length = int(ids.shape[1]) if ids is not None and ids.ndim > 1 else None
-    return Feeds(arrays, int(first.shape[0]) if first.ndim else 1, length)
+    return read_feeds(model.feeds)

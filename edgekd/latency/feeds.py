@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from edgekd.errors import ModelError, unknown
 from edgekd.latency.inputs import Input, graph_inputs
 
-__all__ = ["Feeds", "Input", "graph_inputs", "read_json", "resized", "synthesize"]
+__all__ = ["Feeds", "Input", "check_feeds", "graph_inputs", "read_feeds", "read_json", "resized", "synthesize"]
 
 Array = npt.NDArray[Any]
 
@@ -110,6 +111,62 @@ def resized(
     return changed
 
 
+def read_feeds(file: Path) -> Feeds:
+    """The inputs in an .npz file.
+
+    Raises:
+        ModelError: it cannot be read, or holds something other than plain arrays.
+    """
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except OSError as error:
+        _refuse_feeds(file, error.strerror or "it is no .npz file")
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+        # numpy's own words are not passed on: they advise to unpickle what nobody knows the origin of.
+        _refuse_feeds(file, "it is no .npz file, is damaged, or holds Python objects instead of numbers")
+    ids = arrays.get("input_ids")
+    first = next(iter(arrays.values()), np.zeros(1))
+    length = int(ids.shape[1]) if ids is not None and ids.ndim > 1 else None
+    return Feeds(arrays, int(first.shape[0]) if first.ndim else 1, length)
+
+
+def _refuse_feeds(file: Path, reason: str) -> NoReturn:
+    raise ModelError(
+        f"cannot read the inputs {file}: {reason}; write one array of numbers for each input, for instance with "
+        f"numpy.savez({file.name!r}, input_ids=…)"
+    )
+
+
+def check_feeds(path: Path, feeds: Feeds, file: Path) -> None:
+    """See that what was read from `file` is what the graph at `path` takes: names, types and shapes.
+
+    Raises:
+        ModelError: it is not; names everything that is wrong.
+    """
+    inputs = {item.name: item for item in graph_inputs(path)}
+    wrong = [unknown("input", name, inputs) for name in feeds.arrays if name not in inputs]
+    wrong += [f"input {name} is missing" for name in inputs if name not in feeds.arrays]
+    for name, array in feeds.arrays.items():
+        item = inputs.get(name)
+        if item is None:
+            continue
+        wanted = DTYPES.get(item.dtype)
+        if wanted is not None and array.dtype != wanted:
+            wrong.append(f"input {name} takes {np.dtype(wanted)}, got {array.dtype}")
+        # A graph may leave the rank open, which looks as if it took a single number.
+        if item.shape and not _fits(item, array.shape):
+            wrong.append(f"input {name} takes {_show(item.shape)}, got {_show(array.shape)}")
+    if wrong:
+        raise ModelError(f"the inputs {file} do not fit {path}: {'; '.join(wrong)}")
+
+
+def _fits(item: Input, given: Sequence[int]) -> bool:
+    return len(given) == len(item.shape) and all(
+        not isinstance(dim, int) or dim == size for dim, size in zip(item.shape, given, strict=True)
+    )
+
+
 def _require_sizes(inputs: Sequence[Input], sizes: Mapping[str, int], path: Path) -> None:
     """Raise one error that names every free dimension nobody knows and the options that would fix them."""
     opens, options = [], []
@@ -141,10 +198,7 @@ def _example(item: Input, kinds: Sequence[int | str], sizes: Mapping[str, int]) 
 
 def _shape(item: Input, given: Sequence[int] | None, sizes: Mapping[str, int]) -> tuple[int, ...]:
     if given is not None:
-        fits = len(given) == len(item.shape) and all(
-            not isinstance(dim, int) or dim == size for dim, size in zip(item.shape, given, strict=True)
-        )
-        if not fits:
+        if not _fits(item, given):
             raise ModelError(f"--shape {item.name}: the model takes {_show(item.shape)}, got {_show(tuple(given))}")
         return tuple(given)
     kinds = [_kind(item, axis) for axis in range(len(item.shape))]

@@ -14,7 +14,7 @@ from edgekd.errors import ModelError, unknown
 from edgekd.latency import bench
 from edgekd.latency.artifact import Artifact
 from edgekd.latency.bench import Settings, Subject
-from edgekd.latency.feeds import graph_inputs, resized, synthesize
+from edgekd.latency.feeds import check_feeds, graph_inputs, read_feeds, resized, synthesize
 from edgekd.latency.stats import Samples
 from edgekd.target import Target
 
@@ -49,11 +49,15 @@ class Workload:
     seed: int = 0
 
     def check(self, models: Sequence[Artifact]) -> None:
-        """See that every input named in `shapes` and `values` is one of some model's.
+        """See that every input named in `shapes` and `values` is one of some model's, and that `feeds` fit them all.
 
         Raises:
-            ModelError: it is not, or a model cannot be read.
+            ModelError: they do not, or a model or the inputs cannot be read.
         """
+        if self.feeds is not None:
+            feeds = read_feeds(self.feeds)
+            for model in models:
+                check_feeds(model.path, feeds, self.feeds)
         if self.shapes or self.values:
             names = {item.name for model in models for item in graph_inputs(model.path)}
             for option, given in (("--shape", self.shapes), ("--value", self.values)):

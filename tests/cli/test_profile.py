@@ -278,6 +278,21 @@ def test_what_does_not_go_together_is_refused_before_measuring(
     assert message in done.stderr
 
 
+def test_inputs_that_do_not_fit_are_refused_before_measuring(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("it measured"))
+    np.savez(tmp_path / "in.npz", y=np.zeros((2, 4), np.float32))
+    done = run(model, "--feeds", tmp_path / "in.npz", "-q")
+    assert done.exit_code == 2, done.output
+    assert f"do not fit {model}: unknown input 'y'; choose one of: x; input x is missing" in done.stderr
+    np.savez(tmp_path / "in.npz", x=np.array([{}], dtype=object))
+    done = run(model, "--feeds", tmp_path / "in.npz", "-q")
+    assert done.exit_code == 2, done.output
+    assert "holds Python objects" in done.stderr
+    assert "pickle" not in done.stderr
+
+
 def test_plots_need_matplotlib_and_say_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run(model, "--plots", tmp_path / "plots", "-q")

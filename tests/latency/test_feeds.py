@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd.errors import ModelError
-from edgekd.latency.feeds import graph_inputs, resized, synthesize
+from edgekd.latency.feeds import check_feeds, graph_inputs, read_feeds, resized, synthesize
 
 
 def test_token_ids_stay_within_the_lookup_table_and_masks_are_ones(text_model: Path) -> None:
@@ -153,3 +154,41 @@ def test_given_shapes_are_resized_where_the_graph_is_free(image_model: Path, tmp
     assert resized(path, {"state": (2, 1, 4)}, batch=4, sequence=9) == {"state": (2, 4, 4)}
     assert resized(path, {"signal": (1, 5)}, batch=None, sequence=9) == {"signal": (1, 9)}
     assert resized(path, {"signal": (1, 5, 7)}, batch=4, sequence=9) == {"signal": (1, 5, 7)}
+
+
+def test_given_inputs_are_held_against_the_graph(text_model: Path, static_model: Path, tmp_path: Path) -> None:
+    file, ids = tmp_path / "in.npz", np.ones((2, 5), np.int64)
+    np.savez(file, input_ids=ids, attention_mask=ids)
+    feeds = read_feeds(file)
+    assert (feeds.batch, feeds.sequence) == (2, 5)
+    check_feeds(text_model, feeds, file)
+    with pytest.raises(ModelError, match="input input_ids takes 1×16, got 2×5"):
+        check_feeds(static_model, feeds, file)
+    np.savez(file, input_id=ids, attention_mask=ids.astype(np.float32))
+    with pytest.raises(ModelError) as caught:
+        check_feeds(text_model, read_feeds(file), file)
+    assert "unknown input 'input_id' (did you mean 'input_ids'?)" in str(caught.value)
+    assert "input input_ids is missing; input attention_mask takes int64, got float32" in str(caught.value)
+
+
+def _pickled(file: Path) -> None:
+    np.savez(file, input_ids=np.array([{}], dtype=object))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        _pickled,
+        lambda file: file.write_bytes(b"not an archive"),
+        lambda file: file.write_bytes(b"PK\x03\x04 cut off"),
+        lambda file: file.write_bytes(b""),
+        lambda file: np.save(file.with_suffix(".npy"), np.zeros(3)) or file.with_suffix(".npy").rename(file),
+    ],
+)
+def test_what_is_no_npz_is_refused_without_advice_to_unpickle(write: Callable[[Path], None], tmp_path: Path) -> None:
+    file = tmp_path / "in.npz"
+    write(file)
+    with pytest.raises(ModelError, match="cannot read the inputs") as caught:
+        read_feeds(file)
+    assert "pickle" not in str(caught.value)
+    assert "numpy.savez('in.npz', input_ids=…)" in str(caught.value)
