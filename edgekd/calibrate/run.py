@@ -22,12 +22,13 @@ from edgekd.calibrate.shapes import chains, convolution_shapes, mixed, reference
 from edgekd.calibrate.timing import time_beside
 from edgekd.context import Progress, Silent
 from edgekd.devices import is_estimated, unavailable, usual_threads
-from edgekd.errors import ModelError, StoreError, TargetError
+from edgekd.errors import ModelError, RecipeError, StoreError, TargetError, unknown
 from edgekd.files import sha256_json
 from edgekd.latency.bench import Subject
 from edgekd.latency.cell import Frame
 from edgekd.latency.table import FIT, HELD_OUT, Conditions, LatencyTable, Point, load
 from edgekd.target import Target
+from edgekd.target_fields import RUNTIMES
 
 GROUP_SIZE = 24
 
@@ -76,9 +77,13 @@ def calibrate(
     Raises:
         TargetError: the target can be neither measured nor estimated from here.
         StoreError: the table at `out` was made under other conditions (and `fresh` is not given).
-        RecipeError, ModelError: a body is not known or cannot be used.
+        RecipeError, ModelError: a body or a lowering is not known or cannot be used.
     """
     progress = progress or Silent()
+    known = RUNTIMES[target.runtime].lowerings
+    for name in plan.lowerings:
+        if name not in known:
+            raise RecipeError(unknown(f"lowering for {target.runtime}", name, known))
     if reason := unavailable(target):
         raise TargetError(f"target {target.name!r} is unavailable, so there is nothing to calibrate: {reason}")
     table = _start(target, out, threads or usual_threads(target), fresh)

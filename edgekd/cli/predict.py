@@ -42,7 +42,7 @@ def command(
     """
     start(as_json=as_json, quiet=quiet, verbose=verbose)
     from edgekd.calibrate.bodies import body_of
-    from edgekd.errors import ModelError
+    from edgekd.errors import ModelError, RecipeError, unknown
     from edgekd.latency.table import find_table, load
     from edgekd.student import local_folder
     from edgekd.target import load_target
@@ -52,7 +52,11 @@ def command(
     path = table or find_table(target)
     if path is None:
         raise ModelError(f"there is no latency table of {target}; make one with `edgekd calibrate --target {target}`")
-    known, body = load(path), body_of(local_folder(model))
+    known = load(path)
+    covered = {cell.frame.lowering for cell in known.cells}
+    if lowering is not None and covered and lowering not in covered:
+        raise RecipeError(unknown(f"lowering in {path}:", lowering, covered))
+    body = body_of(local_folder(model))
     arch = body.student.arch
     forms = [lowering] if lowering else sorted({c.frame.lowering for c in known.cells if c.frame.family == arch.family})
     tokens = sequence if body.image is None else body.tokens

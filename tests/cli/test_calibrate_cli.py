@@ -45,6 +45,12 @@ def test_predict_says_what_it_is_and_on_what_it_rests(make_model, table: Path) -
     assert found["predictions"][0]["kind"] == "predicted"
 
 
+def test_predict_refuses_an_unknown_form_before_it_loads_the_model(table: Path, tmp_path: Path) -> None:
+    done = invoke("predict", tmp_path / "no-model", "--table", table, "--lowering", "fp23")
+    assert done.exit_code == 2
+    assert f"unknown lowering in {table}: 'fp23' (did you mean 'fp32'?); choose one of: fp32" in done.output
+
+
 def test_predict_refuses_what_no_table_covers(make_model, table: Path) -> None:
     model = make_model("bert")
     done = invoke("predict", model, "--table", table, "--sequence", 128)
@@ -76,6 +82,11 @@ def test_calibrate_measures_and_goes_on_as_a_process(make_model, tmp_path: Path)
     [
         (("--shape", "64"), "expected BATCHxTOKENS, for instance 1x64"),
         (("--body", "bert-3"), "unknown body 'bert-3'"),
+        (
+            ("--lowering", "int8_dynamc"),
+            "unknown lowering for onnxruntime 'int8_dynamc' (did you mean 'int8_dynamic'?)",
+        ),
+        (("--target", "npu-ethos-u85-512", "--lowering", "fp32"), "'fp32'; choose one of: int8_tflite"),
         (("--target", "gpu-cuda"), "is unavailable, so there is nothing to calibrate"),
     ],
 )
