@@ -111,6 +111,39 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def require_parent(path: Path) -> None:
+    """See that something can be put at `path`: its folder is there, or can be made; nothing is made yet.
+
+    Raises:
+        StoreError: a part of the path is a file, or a folder that may not be written.
+    """
+    with explained("write", path):
+        parent = path.absolute().parent
+        while not os.path.lexists(parent):
+            parent = parent.parent
+        if not parent.is_dir():
+            raise StoreError(f"cannot write {path}: {parent} is not a folder; choose another place")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise StoreError(f"cannot write {path}: no permission to write into {parent}; choose another place")
+
+
+def require_place(final: Path, *, marker: str, why: str) -> None:
+    """See before any work that `publish` will be able to put a folder at `final`, an option `--out`.
+
+    Raises:
+        StoreError: it is a file, a link, the folder of this process or around it, or holds files and no `marker`
+            (`why` says what that means); or it cannot be written.
+    """
+    require_parent(final)
+    with explained("write", final):
+        if final.is_symlink() or (final.exists() and not final.is_dir()):
+            raise StoreError(f"cannot write {final}: it is a file or a link, not a folder; choose another --out")
+        if final.exists() and any(final.iterdir()) and not (final / marker).is_file():
+            raise StoreError(f"will not replace {final}: {why}; choose another --out")
+        if final.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise StoreError(f"cannot write {final}: it holds the folder you are in; name a new folder instead")
+
+
 def publish(draft: Path, final: Path, *, marker: str | None = None) -> None:
     """Move a finished folder to its place by renaming it; both must be on one file system.
 

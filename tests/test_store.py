@@ -13,7 +13,16 @@ import pytest
 
 from edgekd import files
 from edgekd.errors import StoreError
-from edgekd.files import canonical_json, list_files, publish, sha256_file, sha256_folder, sha256_json, write_json
+from edgekd.files import (
+    canonical_json,
+    list_files,
+    publish,
+    require_place,
+    sha256_file,
+    sha256_folder,
+    sha256_json,
+    write_json,
+)
 from edgekd.store import MANIFEST, STAGE, RunFolder
 
 KEY = sha256_json({"stage": "search"})
@@ -145,6 +154,41 @@ def test_publish_refuses_a_file_and_a_link(tmp_path):
     with pytest.raises(StoreError, match="it is a file or a link"):
         publish(tmp_path / "draft", tmp_path / "link", marker="a")
     assert tree(tmp_path / "elsewhere") == {"a": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("file", "it is a file or a link, not a folder"),
+        ("link", "it is a file or a link, not a folder"),
+        ("file/out", "file is not a folder"),
+        ("file/deep/out", "file is not a folder"),
+        ("nowhere/out", "nowhere is not a folder"),
+        ("theirs", "will not replace theirs: no record; choose another --out"),
+        (".", "it holds the folder you are in"),
+        ("..", "it holds the folder you are in"),
+    ],
+)
+def test_a_place_that_cannot_be_published_to_is_refused_beforehand(tmp_path, monkeypatch, place, message):
+    inside = tmp_path / "above" / "inside"
+    make(inside / "theirs", {"a": ""})
+    make(inside.parent, {"record": ""})
+    (inside / "record").touch()
+    (inside / "file").touch()
+    (inside / "link").symlink_to(make(tmp_path / "elsewhere", {"record": ""}))
+    (inside / "nowhere").symlink_to(tmp_path / "gone")
+    monkeypatch.chdir(inside)
+    with pytest.raises(StoreError, match=message):
+        require_place(Path(place), marker="record", why="no record")
+
+
+def test_a_new_an_empty_and_an_own_place_are_fine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "own", {"record": "", "more": ""})
+    (tmp_path / "empty").mkdir()
+    for place in ("new", "deep/down/new", "empty", "own", tmp_path / "new"):
+        require_place(Path(place), marker="record", why="no record")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "own"]
 
 
 # Run folders

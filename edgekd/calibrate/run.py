@@ -23,7 +23,7 @@ from edgekd.calibrate.timing import time_beside
 from edgekd.context import Progress, Silent
 from edgekd.devices import is_estimated, unavailable, usual_threads
 from edgekd.errors import ModelError, RecipeError, StoreError, TargetError, unknown
-from edgekd.files import sha256_json
+from edgekd.files import require_parent, sha256_json
 from edgekd.latency.bench import Subject
 from edgekd.latency.cell import Frame
 from edgekd.latency.table import FIT, HELD_OUT, Conditions, LatencyTable, Point, load
@@ -76,7 +76,8 @@ def calibrate(
 
     Raises:
         TargetError: the target can be neither measured nor estimated from here.
-        StoreError: the table at `out` was made under other conditions (and `fresh` is not given).
+        StoreError: the table at `out` was made under other conditions (and `fresh` is not given), or `out` or `models`
+            cannot be written.
         RecipeError, ModelError: a body or a lowering is not known or cannot be used.
     """
     progress = progress or Silent()
@@ -84,6 +85,9 @@ def calibrate(
     for name in plan.lowerings:
         if name not in known:
             raise RecipeError(unknown(f"lowering for {target.runtime}", name, known))
+    for path in (out, models):
+        if path is not None:
+            require_parent(path)
     if reason := unavailable(target):
         raise TargetError(f"target {target.name!r} is unavailable, so there is nothing to calibrate: {reason}")
     table = _start(target, out, threads or usual_threads(target), fresh)

@@ -167,7 +167,7 @@ def command(
     """
     asked = _check(model, pair, settings)
     progress = start(as_json=as_json, quiet=quiet, verbose=verbose)
-    _check_outputs(samples, report, plots)
+    _check_outputs(samples, report, plots, asked["out"])
     from edgekd.latency.profiling import profile
 
     result = profile(**asked, per_operator=per_operator or no_fallback, say=progress.say)
@@ -196,17 +196,21 @@ def _check(model: Path | None, pair: tuple[Path, Path] | None, settings: Mapping
     return asked
 
 
-def _check_outputs(samples: Path | None, report: Path | None, plots: Path | None) -> None:
+def _check_outputs(samples: Path | None, report: Path | None, plots: Path | None, out: Path | None) -> None:
     """Refuse before measuring what could not be written after it.
 
     Raises:
-        StoreError: a folder is not there, or matplotlib is missing.
+        StoreError: a folder is not there or cannot be made, or matplotlib is missing.
     """
     from edgekd.errors import StoreError
+    from edgekd.files import require_parent
 
     for file in (samples, report):
         if file is not None and not file.parent.is_dir():
             raise StoreError(f"cannot write {file}: there is no folder {file.parent}")
+    for path in (samples, report, plots, out):
+        if path is not None:
+            require_parent(path)
     if plots is not None:
         from edgekd.report.png import require_matplotlib
 

@@ -25,9 +25,9 @@ from edgekd.distill.processes import this_process
 from edgekd.distill.scratch import PREFIX, make_scratch
 from edgekd.distill.settings import Loop, Training
 from edgekd.distill.teachers import predict
-from edgekd.errors import DataError, EdgekdError, ModelError, RecipeError, StoreError, unknown
+from edgekd.errors import DataError, EdgekdError, ModelError, RecipeError, unknown
 from edgekd.families import arch_of, family_of
-from edgekd.files import explained, publish, sha256_json, write_json
+from edgekd.files import explained, publish, require_place, sha256_json, write_json
 from edgekd.student import Student, local_folder, quiet_transformers, read_config, require_weights
 from edgekd.tasks import TASKS, Encoded, Task, batches
 
@@ -93,8 +93,7 @@ def finetune(
         DataError: the data cannot be used, or has no labels.
         StoreError: `out` cannot be written.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / RECORD).is_file())):
-        raise StoreError(f"will not replace {out}: edgekd finetune did not write it; choose another --out")
+    require_place(out, marker=RECORD, why="edgekd finetune did not write it")
     progress = progress if this_process().main else Silent()
     if (out / RECORD).is_file():
         progress.say(f"{out} has an earlier teacher, which this one will replace")

@@ -11,9 +11,9 @@ from typing import Any
 from edgekd.context import Budget, Context, Progress, as_it_is
 from edgekd.data import DataSpec
 from edgekd.distill.processes import this_process
-from edgekd.errors import EdgekdError, ModelError, StoreError
+from edgekd.errors import EdgekdError, ModelError
 from edgekd.families.zeros import lost_zeros
-from edgekd.files import explained, publish, sha256_folder, sha256_json, write_json
+from edgekd.files import explained, publish, require_place, sha256_folder, sha256_json, write_json
 from edgekd.operators import Operators
 from edgekd.pipeline.artifact import build
 from edgekd.pipeline.keys import FORESEES, contents, settings_of
@@ -46,13 +46,12 @@ def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: 
     """Run one stage and publish the student folder atomically; returns what the stage noted.
 
     Raises:
-        StoreError: `out` exists and is not the output of such a command.
+        StoreError: `out` exists and is not the output of such a command, or cannot be written.
         ModelError: the stage compares the model with a teacher that reads the texts as other tokens.
         EdgekdError: as the stage raises it.
     """
     final = Path(out)
-    if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or (final / RECORD).is_file())):
-        raise StoreError(f"will not replace {final}: it was not made by an edgekd stage; choose another --out")
+    require_place(final, marker=RECORD, why="it was not made by an edgekd stage")
     setup = prepare(asked.teacher or asked.model, asked.data, max_length=asked.max_length, progress=progress)
     setup = fitted(setup, asked.target, asked.budget)
     student = load_student(asked.model, auto_class=setup.task.auto_class)

@@ -14,9 +14,9 @@ import torch
 from edgekd import __version__
 from edgekd.context import Budget
 from edgekd.data import DataSpec, load_evaluation, load_splits
-from edgekd.errors import DataError, StoreError, TargetError
+from edgekd.errors import DataError, TargetError
 from edgekd.export.bundle import MANIFEST, seal
-from edgekd.files import publish
+from edgekd.files import explained, publish, require_place
 from edgekd.latency.bench import Settings
 from edgekd.pipeline.artifact import Place, build, float_forms, score
 from edgekd.pipeline.finish import artifact_section, estimate_section, layout, versions, with_size
@@ -41,12 +41,12 @@ def export(
         ModelError: the folder cannot be loaded, or has operators that the target does not run.
         TargetError: the student was quantized to a form that the target does not run.
         DataError: the form needs examples to calibrate on, and there are none.
-        StoreError: `out` is something other than an empty folder or a bundle.
+        StoreError: `out` is something other than an empty folder or a bundle, or cannot be written.
         StageError: the graph does not say what the torch model says.
     """
-    folder, final = local_folder(str(source)), Path(out)
-    if final.exists() and not (final.is_dir() and (not any(final.iterdir()) or (final / MANIFEST).is_file())):
-        raise StoreError(f"will not replace {final}: it is not a bundle; choose another --out")
+    final = Path(out)
+    require_place(final, marker=MANIFEST, why="it is not a bundle")
+    folder = local_folder(str(source))
     task = get_task(infer_task(read_config(folder)))
     student, processor = load_student(folder, auto_class=task.auto_class), task.load_processor(folder)
     form = form_for(student, target)
@@ -54,7 +54,8 @@ def export(
     length = length if target.is_static else None
     split, encoded = _examples(task, processor, student, data, length)
     calibration = _calibration(form, task, processor, student, data, target, length)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    with explained("write", final):
+        final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{final.name}.", dir=final.parent) as scratch:
         place = Place(target=target, budget=budget, calibration=calibration)
         artifact = build(student, task, encoded, Path(scratch), lowering=form, place=place)

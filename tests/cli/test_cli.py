@@ -146,6 +146,34 @@ def test_an_output_that_cannot_be_written_is_refused(make_model, text_data, tmp_
     assert blocked.read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compress", "MODEL", "--data", "DATA", "--speedup", 2, "--out"),
+        ("finetune", "no-model", "--data", "no-data", "--out"),
+        ("export", "no-model", "--out"),
+        ("prune", "no-model", "--data", "no-data", "--out"),
+        ("calibrate", "--body", "no-body", "--out"),
+        ("calibrate", "--target", "npu-ethos-u85-512", "--body", "no-body", "--models"),
+        ("profile", "no.onnx", "--report"),
+        ("profile", "no.onnx", "--plots"),
+        ("profile", "no.onnx", "--target", "npu-ethos-u85-512", "--out"),
+        ("init",),
+        ("demo", "--out"),
+    ],
+)
+def test_an_output_below_a_file_is_refused_before_any_work(make_model, text_data, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    named = {"MODEL": make_model("bert"), "DATA": text_data}
+    done = invoke(*(named.get(word, word) for word in arguments), tmp_path / "file" / "deep" / "out.json")
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert "cannot write" in done.output
+    assert "no-model" not in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_the_whole_way_stage_by_stage(make_model, text_data, tmp_path):
     teacher, data = make_model("bert"), ["--data", text_data]
     steps = [
