@@ -48,7 +48,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 STAGE = "stage.json"
-_MARK = ".edgekd-run"
+MARK = ".edgekd-run"
 CACHE = ".cache"
 _WORK = ".work"
 _STAGE_NAME = re.compile(r"\d{2,}-[a-z][A-Za-z0-9_-]*")
@@ -83,7 +83,7 @@ class RunFolder:
             StoreError: it cannot be written, or it holds something that is not a run of edgekd.
         """
         self.path = Path(path)
-        mark = self.path / _MARK
+        mark = self.path / MARK
         self._new = not self.path.exists()
         if (self.path.exists() or self.path.is_symlink()) and not self.path.is_dir():
             raise StoreError(f"cannot use {self.path} as a run folder: it is a file; choose another --out")
@@ -106,7 +106,7 @@ class RunFolder:
         Raises:
             StoreError: another process holds the lock.
         """
-        mark = self.path / _MARK
+        mark = self.path / MARK
         with explained("lock", mark):
             file = mark.open("r+")
         with file:
@@ -203,9 +203,9 @@ class RunFolder:
 
     def forget_if_new(self) -> None:
         """Take the folder away again if this object made it and nothing has been put into it."""
-        if self._new and {path.name for path in self.path.iterdir()} <= {_MARK}:
+        if self._new and {path.name for path in self.path.iterdir()} <= {MARK}:
             with explained("remove", self.path):
-                (self.path / _MARK).unlink()
+                (self.path / MARK).unlink()
                 self.path.rmdir()
 
     def _sweep(self) -> None:

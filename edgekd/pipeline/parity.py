@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.data import DataSpec, load_evaluation
-from edgekd.errors import DataError, ModelError
+from edgekd.errors import DataError, ModelError, StoreError
 from edgekd.export.blame import EXAMPLES, blame
 from edgekd.export.bundle import MANIFEST, read_manifest
 from edgekd.export.onnx import export_float
@@ -17,6 +18,9 @@ from edgekd.export.parity import AGREEMENT, compare, onnx_logits, open_session, 
 from edgekd.export.scales import check_scales, weights_of
 from edgekd.pipeline.setup import id2label
 from edgekd.quantize.forms import form_logits
+from edgekd.store import MANIFEST as RUN_MANIFEST
+from edgekd.store import MARK as RUN_MARK
+from edgekd.store import STAGE
 from edgekd.student import Student, load_student, local_folder, read_config
 from edgekd.tasks import get_task, infer_task
 
@@ -70,6 +74,47 @@ def parity(
         return {**told, "scales": None, "blame": None, "said": [], "ok": agree}
     inside = _inside(student, task.name, file, encoded, expected)
     return {**told, **inside, "ok": agree and not inside["scales"]["mismatches"]}
+
+
+def of_run(run: Path) -> tuple[Path, Path]:
+    """The last student of a run and the bundle made of it.
+
+    Raises:
+        StoreError: it is no run, is not finished, has no bundle or several, or the student is gone.
+        ModelError: the bundle is damaged.
+    """
+    if not (run / RUN_MARK).is_file():
+        raise StoreError(f"{run} is not a run of `edgekd compress`: give a run, or both STUDENT and ARTIFACT")
+    try:
+        bundles = dict(json.loads((run / RUN_MANIFEST).read_text(encoding="utf-8"))["bundles"])
+    except (OSError, ValueError, KeyError, TypeError):
+        done = ", ".join(path.parent.name for path in sorted(run.glob(f"*/{STAGE}"))) or "no stage"
+        raise StoreError(
+            f"{run} is not finished: {RUN_MANIFEST} is missing or damaged; there is {done}. Finish it with `edgekd "
+            f"compress … --out {run}`, or give both STUDENT and ARTIFACT"
+        ) from None
+    pairs = [(_student_of(run, run / name), run / name) for name in bundles.values()]
+    if len(pairs) == 1:
+        return pairs[0]
+    if not pairs:
+        raise StoreError(f"{run} has no bundle: no student met its budget, so there is nothing to compare")
+    told = "; ".join(f"edgekd parity {student} {bundle} …" for student, bundle in pairs)
+    raise StoreError(f"{run} has {len(pairs)} bundles, give one of them with its student: {told}")
+
+
+def _student_of(run: Path, bundle: Path) -> Path:
+    """The stage folder that the last entry of a bundle's ledger is about: of several rounds, one went on."""
+    ledger = read_manifest(bundle).get("ledger") or [None]
+    for record in sorted(run.glob(f"*/{STAGE}")):
+        try:
+            if json.loads(record.read_text(encoding="utf-8"))["entry"] == ledger[-1]:
+                return record.parent
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    raise StoreError(
+        f"the student that {bundle} was made of is not in {run} any more: run `edgekd compress … --out {run}` again, "
+        "or give both STUDENT and ARTIFACT"
+    )
 
 
 def _inside(student: Student, task: str, file: Path, encoded: Any, expected: Any) -> dict[str, Any]:

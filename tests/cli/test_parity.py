@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from edgekd.cli import main
+from edgekd.export.bundle import seal
 from edgekd.export.layers import quantized_layers
 from edgekd.export.lower import lower
 from edgekd.export.onnx import export_float
+from edgekd.store import RunFolder
 from edgekd.student import load_student
 
 KEY = "bert.encoder.layer.0.attention.self.key"
@@ -59,6 +62,53 @@ def test_a_changed_weight_fails_and_is_named(files: tuple[Path, Path], text_data
     done = invoke("parity", files[0], tmp_path / "changed.onnx", "--data", text_data, "--count", 4)
     assert done.exit_code == 4
     assert f"1 differ: {KEY}: weight integers, 1 of 1024" in done.stdout
+
+
+@pytest.fixture
+def run(files: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A finished run: a search, a last student of two rounds, and the bundle of the first."""
+    folder = RunFolder(tmp_path / "run")
+    ledger = []
+    for index, name in ((1, "search"), (2, "quantize"), (2, "quantize-round2")):
+        stage = folder.stage(index, name, name)
+        folder.begin(stage)
+        draft = folder.draft(stage)
+        if name == "quantize":
+            shutil.copytree(files[0], draft, dirs_exist_ok=True)
+        ledger.append({"stage": name, "seconds": 0.1 + index})
+        folder.commit(stage, draft, ledger[-1])
+    bundle = folder.path / "bundle"
+    bundle.mkdir()
+    shutil.copyfile(files[1], bundle / "model.onnx")
+    seal(bundle, {"artifact": {"file": "model.onnx"}, "ledger": ledger[:2]}, "")
+    folder.finish({"bundles": {"local": "bundle"}})
+    return folder.path
+
+
+def test_a_run_stands_for_its_last_student_and_its_bundle(run: Path, text_data: Path) -> None:
+    done = invoke("parity", run, "--data", text_data, "--count", 4)
+    assert done.exit_code == 0, done.output
+    assert "of 4 predictions agree (test)" in done.stdout
+    shutil.rmtree(run / "02-quantize")
+    done = invoke("parity", run, "--data", text_data)
+    assert done.exit_code == 2
+    assert "is not in" in done.stderr
+
+
+def test_a_run_that_cannot_be_compared_says_what_is_missing(run: Path, text_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "bundle", run / "bundle-b")
+    for bundles, message in (
+        ({}, "has no bundle"),
+        ({"a": "bundle", "b": "bundle-b"}, f"edgekd parity {run / '02-quantize'} {run / 'bundle-b'}"),
+        ({"a": "gone"}, "gone is not a bundle"),
+        (None, "is not finished: manifest.json is missing or damaged; there is 01-search, 02-quantize"),
+    ):
+        (run / "manifest.json").write_text(json.dumps({"bundles": bundles}))
+        done = invoke("parity", run, "--data", text_data)
+        assert done.exit_code == 2, done.output
+        assert message in done.stderr
+    done = invoke("parity", tmp_path, "--data", text_data)
+    assert "is not a run of `edgekd compress`: give a run, or both STUDENT and ARTIFACT" in done.stderr
 
 
 def test_what_is_no_artifact_is_refused(files: tuple[Path, Path], text_data: Path) -> None:

@@ -20,6 +20,7 @@ from edgekd.pipeline import compress, evaluate
 from edgekd.pipeline.compress import report_again
 from edgekd.pipeline.export import export
 from edgekd.pipeline.finish import accuracy_floor, exit_code, with_size
+from edgekd.pipeline.parity import of_run
 from edgekd.store import sha256_file
 from edgekd.target import load_target, probe, shipped_targets_dir
 
@@ -316,6 +317,10 @@ def test_reports_are_written_again_only_for_finished_runs(finished, tmp_path):
     assert "http://" not in first.replace("http://www.w3.org", "")
     with pytest.raises(StoreError, match="is not a finished run"):
         report_again(tmp_path)
+
+
+def test_the_last_student_of_a_run_is_found_by_its_bundle(finished):
+    assert of_run(finished.folder) == (finished.folder / "03-quantize", finished.bundles["local"])
 
 
 def test_export_of_a_stage_folder_gives_the_same_artifact(finished, text_data, tmp_path):
