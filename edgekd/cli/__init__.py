@@ -60,13 +60,14 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; an `EdgekdError` becomes one message and its exit code."""
+        """Run the command; an `EdgekdError` becomes one message and its exit code, in JSON too if that is asked for."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            _tell_json(ctx, "UsageError", error.format_message())
+            raise
         except EdgekdError as error:
-            if "--json" in ctx.meta.get("edgekd.argv", ()):
-                payload = {"error": {"kind": type(error).__name__, "message": str(error)}}
-                click.echo(json.dumps(payload, indent=2))
+            _tell_json(ctx, type(error).__name__, str(error))
             click.echo(f"Error: {error}", err=True)
             ctx.exit(error.exit_code)
 
@@ -74,6 +75,11 @@ class LazyGroup(click.Group):
         """Remember the arguments, so that errors know whether JSON was asked for."""
         ctx.meta["edgekd.argv"] = tuple(args)
         return super().parse_args(ctx, args)
+
+
+def _tell_json(ctx: click.Context, kind: str, message: str) -> None:
+    if "--json" in ctx.meta.get("edgekd.argv", ()):
+        click.echo(json.dumps({"error": {"kind": kind, "message": message}}, indent=2))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)

@@ -97,6 +97,28 @@ def test_errors_are_one_message_and_json_when_asked(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (("profile", "--json"), "UsageError", "give either MODEL or --compare A B"),
+        (("profile", "x.onnx", "--threads", "many", "--json"), "UsageError", "'many' is not a valid integer"),
+        (("profile", "x.onnx", "--treads", "1", "--json"), "UsageError", "--treads"),
+        (("export", "x", "--json"), "UsageError", "--out"),
+        (("targets", "shw", "--json"), "UsageError", "shw"),
+        (("targets", "show", "nobody", "--json"), "TargetError", "unknown target 'nobody'"),
+        (("init", "no/such/folder/recipe.yaml", "--json"), "StoreError", "cannot write no/such/folder/recipe.yaml"),
+    ],
+)
+def test_whatever_is_wrong_json_is_json(arguments, kind, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == kind
+    assert message in error["message"]
+    assert error["message"].splitlines()[0] in done.stderr
+
+
 def test_a_recipe_with_five_mistakes_names_all_of_them(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
