@@ -85,7 +85,7 @@ def test_inputs_that_do_not_fit_are_the_users_error(text_model: Path, local: Tar
     with pytest.raises(ModelError, match=r"cannot run .*model\.onnx on input_ids \[1, 4\]"):
         measure([subject], target=local, threads=1, settings=QUICK)
     (tmp_path / "feeds.npz").write_bytes(b"no archive")
-    with pytest.raises(ModelError, match="cannot read the inputs .*: it is no .npz file") as caught:
+    with pytest.raises(ModelError, match="cannot read the inputs .*: it is no .npz file"):
         measure([subject], target=local, threads=1, settings=QUICK)
 
 
