@@ -5,7 +5,9 @@ interleaved run, lies wholly below 1; of two estimates, the later is lower. Size
 same of what a vendor's compiler makes for the device; elsewhere nothing is compiled, so nothing is gained. Transfer:
 the same of the file after deflate, if the student says that this is what the device stores. Metric: higher on
 validation by more than chance among the examples that only one side gets right; if it is neither higher nor lower by
-that much, the answers must be nearer to the teacher's (KL divergence). One of them is enough.
+that much, the answers must be nearer to the teacher's (KL divergence). One of them is enough, but fewer bytes of
+flash or transfer do not make up for a latency that got worse (the interval lies wholly above 1, an estimate is 2 %
+higher).
 
 `operators` times each of its operators itself, in the form that is to ship: what it has measured counts there, since
 what is weighed here is the float form of the student.
@@ -25,6 +27,8 @@ from edgekd.student import Student
 
 SMALLER = 0.01
 """The least share of its size that an artifact must lose to count as smaller."""
+SLOWER = 0.02
+"""The share of time from which an estimate counts as worse."""
 
 
 PAYS = "kept:"
@@ -46,10 +50,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class Look:
-    """One thing that a stage buys: whether it was gained (None: not known), and the figures."""
+    """One thing that a stage buys: whether it was gained (None: not known), the figures, and whether it got worse."""
 
     gained: bool | None
     said: str
+    worse: bool = False
 
 
 def guard(
@@ -94,14 +99,19 @@ def decide(buys: Sequence[str], before: Side, after: Side, *, force: bool = Fals
     if after.problem and not before.problem:
         kept = "kept because of force, though" if force else "rolled back because"
         return Decision(kept=force, forced=force, why=f"{kept} it cannot be made for the target: {after.problem}")
-    looks = [JUDGES[name](before, after) for name in buys]
-    figures = "; ".join(look.said for look in looks if look.said)
-    if any(look.gained for look in looks):
+    looks = {name: JUDGES[name](before, after) for name in buys}
+    figures = "; ".join(look.said for look in looks.values() if look.said)
+    gained = {name for name, look in looks.items() if look.gained}
+    slower = bool(gained) and gained <= BYTES_ALONE and any(look.worse for look in looks.values())
+    if gained and not slower:
         return Decision(kept=True, forced=False, why=figures)
-    if any(look.gained is None for look in looks):
+    if slower and not force:
+        return Decision(kept=False, forced=False, why=f"rolled back because fewer bytes made it slower: {figures}")
+    if any(look.gained is None for look in looks.values()) and not slower:
         return Decision(kept=True, forced=False, why=f"kept though no gain is known: {figures}")
     if force:
-        return Decision(kept=True, forced=True, why=f"kept because of force, though nothing was gained: {figures}")
+        but = "fewer bytes made it slower" if slower else "nothing was gained"
+        return Decision(kept=True, forced=True, why=f"kept because of force, though {but}: {figures}")
     return Decision(kept=False, forced=False, why=f"rolled back because nothing was gained: {figures}")
 
 
@@ -113,9 +123,9 @@ def _latency(before: Side, after: Side) -> Look:
     figures = f"latency {before.latency['p50_ms']:.4g} → {after.latency['p50_ms']:.4g} ms, ratio {ratio:.3f}"
     if interval is None:
         kind = str(after.latency["kind"]).replace("_", " ")
-        return Look(ratio < 1, f"{figures} ({kind}, no interval)")
+        return Look(ratio < 1, f"{figures} ({kind}, no interval)", worse=ratio > 1 + SLOWER)
     low, high = interval
-    return Look(high < 1, f"{figures} (99 % interval {low:.3f}–{high:.3f})")
+    return Look(high < 1, f"{figures} (99 % interval {low:.3f}–{high:.3f})", worse=low > 1)
 
 
 def _size(before: Side, after: Side) -> Look:
@@ -166,3 +176,5 @@ JUDGES: dict[str, Callable[[Side, Side], Look]] = {
     "metric": _metric,
 }
 """What a stage may buy, by the name it goes by in `buys`."""
+BYTES_ALONE = frozenset(("flash", "transfer"))
+"""What does not make up for a latency that got worse."""

@@ -138,6 +138,25 @@ def test_one_gain_is_enough_and_losses_elsewhere_are_told():
     assert "size 1.00 → 0.25 MB (-75.0%)" in decision.why
 
 
+SLOW = [
+    ({"ratio": 1.5, "interval": [1.4, 1.6]}, False),
+    ({"ratio": 1.01, "interval": [0.99, 1.03]}, True),
+    ({"ratio": 1.38, "kind": "vendor_estimate"}, False),
+    ({"ratio": 1.01, "kind": "vendor_estimate"}, True),
+]
+
+
+@pytest.mark.parametrize(("latency", "kept"), SLOW)
+def test_fewer_bytes_in_flash_do_not_make_up_for_a_worse_latency(latency, kept):
+    before, after = replace(side(2.0), flash_bytes=1000), replace(side(3.0, **latency), flash_bytes=800)
+    buys = ("latency", "flash", "transfer")
+    decision = decide(buys, before, after)
+    assert (decision.kept, decision.forced) == (kept, False)
+    assert decision.why.startswith("rolled back because fewer bytes made it slower: latency") != kept
+    forced = decide(buys, before, after, force=True)
+    assert (forced.kept, forced.forced) == (True, not kept)
+
+
 def test_force_keeps_what_gains_nothing_and_is_not_blamed_for_what_does():
     worse = side(3.0, ratio=1.5, interval=[1.4, 1.6])
     assert decide(("latency", "size"), side(), worse, force=True) == Decision(
