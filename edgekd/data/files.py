@@ -196,6 +196,8 @@ def _read_arrow(path: Path) -> Table:
 
 
 def _from_arrow(path: Path, table: Any) -> Table:
+    if len(set(table.column_names)) < len(table.column_names):
+        raise DataError(f"{path} names a column twice: {', '.join(table.column_names)}; rename one")
     return from_arrow(path.name, table, path.parent)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from edgekd.data.table import Table
 from edgekd.errors import DataError, nearest
 
 Label = int | str
+
+_WHOLE = re.compile(r"(-?\d+)(\.0+)?", re.ASCII)
+"""A number as tables write it; whole numbers become `1.0` where a column has gaps."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,31 @@ def read_labels(table: Table, column: str, names: Sequence[str]) -> list[Label |
             f"{table.name}: label {value!r} is {what}, which is not supported, in {table.affected(bad)}; "
             "give each row one class number or name"
         )
-    plain = [_plain(value) for value in values]
-    classes = table.classes.get(column, ())
     known = {name.casefold() for name in names}
+    plain = [_plain(value, known) for value in values]
+    classes = table.classes.get(column, ())
     if classes and (not names or {name.casefold() for name in classes} <= known):
         plain = [classes[label] if isinstance(label, int) and label < len(classes) else label for label in plain]
     return plain
 
 
+def refuse_signs(tables: Iterable[Table], column: str) -> None:
+    """Refuse two classes that are written as -1 and 1: one of them would count as no label.
+
+    Raises:
+        DataError: they are, in all tables together.
+    """
+    known = [table for table in tables if column in table.columns and column not in table.classes]
+    found = {_spelled(value) for table in known for value in table.values(column)} - {"", "None", "nan"}
+    if found == {"1", str(UNLABELLED)}:
+        raise DataError(
+            f"{known[0].name}: column {column!r} holds {UNLABELLED} and 1 only, and {UNLABELLED} stands for no label: "
+            "write 0 for the other class, or nothing for no label"
+        )
+
+
 def make_rule(
-    labels: Sequence[Sequence[Label | None]], id2label: Mapping[int, str] | None, order: Sequence[str]
+    labels: Mapping[str, Sequence[Label | None]], id2label: Mapping[int, str] | None, order: Sequence[str]
 ) -> LabelRule:
     """How the labels of all splits are to be understood.
 
@@ -61,9 +80,29 @@ def make_rule(
         labels: the labels of each split.
         id2label: the teacher's class names; None makes them from the data.
         order: class names in the order the data itself states, if it does.
+
+    Raises:
+        DataError: without a teacher, one split has numbers and another names.
     """
-    distinct = {label for split in labels for label in split if label is not None}
-    return _derived(distinct, order) if id2label is None else _matched(distinct, id2label)
+    found = {split: {label for label in written if label is not None} for split, written in labels.items()}
+    distinct = {label for each in found.values() for label in each}
+    if id2label is not None:
+        return _matched(distinct, id2label)
+    if not (order and distinct <= set(order)):
+        _refuse_two_ways(found)
+    return _derived(distinct, order)
+
+
+def _refuse_two_ways(found: Mapping[str, set[Label]]) -> None:
+    numbered = {split: [_number(label) is not None for label in labels] for split, labels in found.items() if labels}
+    numbers = next((split for split, each in numbered.items() if all(each)), None)
+    names = next((split for split, each in numbered.items() if not any(each)), None)
+    if numbers is not None and names is not None:
+        shown = [", ".join(sorted(map(str, found[split]))[:3]) for split in (names, numbers)]
+        raise DataError(
+            f"the {names} split names its classes ({shown[0]}), the {numbers} split numbers them ({shown[1]}), and "
+            "nothing says which is which; write them in one way"
+        )
 
 
 def apply_rule(rule: LabelRule, labels: Sequence[Label | None], table: Table) -> Labels | None:
@@ -92,10 +131,12 @@ def _is_label(value: Any) -> bool:
     return value is None or isinstance(value, int | str)
 
 
-def _plain(value: Any) -> Label | None:
+def _plain(value: Any, known: Collection[str]) -> Label | None:
+    """The label as it is written, None for none; `known` are names of classes, should one of them be `nan`."""
     if isinstance(value, str):
         value = value.strip()
-        return None if value in ("", str(UNLABELLED)) else value
+        missing = _spelled(value) in ("", str(UNLABELLED)) or (value.casefold() == "nan" and "nan" not in known)
+        return None if missing else value
     if value is None or (isinstance(value, float) and math.isnan(value)) or value == UNLABELLED:
         return None
     return int(value)
@@ -104,7 +145,15 @@ def _plain(value: Any) -> Label | None:
 def _number(label: Label) -> int | None:
     if isinstance(label, int):
         return label
-    return int(label) if label.isascii() and label.isdigit() else None
+    whole = _WHOLE.fullmatch(label)
+    return int(whole[1]) if whole and not label.startswith("-") else None
+
+
+def _spelled(value: Any) -> str:
+    """A label as text, whole numbers without a fraction."""
+    text = str(value).strip()
+    whole = _WHOLE.fullmatch(text)
+    return whole[1] if whole else text
 
 
 def _derived(distinct: set[Label], order: Sequence[str]) -> LabelRule:

@@ -15,7 +15,7 @@ from edgekd.data.examples import DataSpec, Examples, Kind, Splits, join
 from edgekd.data.files import read_file
 from edgekd.data.folders import read_image_folder
 from edgekd.data.inputs import read_inputs
-from edgekd.data.labels import apply_rule, make_rule, read_labels
+from edgekd.data.labels import apply_rule, make_rule, read_labels, refuse_signs
 from edgekd.data.source import find_source, nearest_path, readable
 from edgekd.data.split import hold_out, limited, overlaps, without_repeats
 from edgekd.data.table import Table
@@ -120,9 +120,11 @@ def _read(
     columns = map_columns(tables, spec.columns, kind)
     names = [] if id2label is None else list(id2label.values())
     column = columns.get("label")
+    if column is not None:
+        refuse_signs(tables.values(), column)
     written = {role: [] if column is None else read_labels(table, column, names) for role, table in tables.items()}
     order = next((table.classes[column] for table in tables.values() if column and column in table.classes), ())
-    rule = make_rule(list(written.values()), id2label, order)
+    rule = make_rule(written, id2label, order)
     splits = {}
     for role, table in tables.items():
         labels = apply_rule(rule, written[role], table) if written[role] else None

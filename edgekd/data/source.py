@@ -50,6 +50,8 @@ def find_source(path: str, splits: Mapping[str, str]) -> Source:
         return _assign(path, {"train": partial(read_file, readable(local))}, splits, local.parent)
     if local.is_dir():
         return _assign(path, find_in_folder(local, splits), splits, local)
+    if local.exists():
+        raise DataError(f"{path} is neither a folder nor a plain file; write the data into a file first")
     if _looks_local(path, local):
         raise DataError(f"{path} does not exist{nearest_path(local)}; give a data folder, a file or a hub name")
     return _assign(path, find_hub(path, nearest_path(local)), splits, Path())

@@ -35,9 +35,18 @@ class Table:
         return len(next(iter(self.columns.values()), ()))
 
     def values(self, column: str) -> Any:
-        """The values of a column as a list, or as an array if they are a stack of images."""
+        """The values of a column as a list, or as an array if they are a stack of images.
+
+        Raises:
+            DataError: a text is not UTF-8.
+        """
         values = self.columns[column]
-        return values.to_pylist() if hasattr(values, "to_pylist") else values
+        try:
+            return values.to_pylist() if hasattr(values, "to_pylist") else values
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.name}: column {column!r} holds text that is not UTF-8 ({error.reason}); write it anew as utf-8"
+            ) from None
 
     def where(self, row: int) -> str:
         """`row 3 (line 4)`, counting from 1."""

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from edgekd.data.files import READERS, read_file
+from edgekd.data.source import find_source
 from edgekd.errors import DataError
 
 ROWS = [{"text": 'a, "b"', "label": "x"}, {"text": "zwei\u2028Zeilen ü", "label": "y"}]
@@ -103,3 +104,19 @@ def test_a_damaged_file_is_refused_with_the_place(tmp_path: Path, name: str, con
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_file(path)
+
+
+def test_parquet_with_a_column_twice_or_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    texts = pa.array(["a", "b"])
+    pq.write_table(pa.table([texts, texts], names=["text", "text"]), tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="names a column twice: text, text; rename one"):
+        read_file(tmp_path / "twice.parquet")
+    raw = pa.array([b"\xff", b"b"])
+    pq.write_table(pa.table({"text": pa.StringArray.from_buffers(2, *raw.buffers()[1:])}), tmp_path / "raw.parquet")
+    with pytest.raises(DataError, match="column 'text' holds text that is not UTF-8"):
+        read_file(tmp_path / "raw.parquet").values("text")
+
+
+def test_what_is_no_plain_file_is_not_said_to_be_missing() -> None:
+    with pytest.raises(DataError, match="/dev/null is neither a folder nor a plain file"):
+        find_source("/dev/null", {})

@@ -54,18 +54,47 @@ def test_no_text_column_lists_what_there_is(jsonl, load):
         load(jsonl("a.jsonl", [{"a": "x", "b": "y", "c": "z"}] * 3))
 
 
-@pytest.mark.parametrize("label", [1, 1.0, "1", "positive", " POSITIVE ", True])
+@pytest.mark.parametrize("label", [1, 1.0, "1", "1.0", "positive", " POSITIVE ", True])
 def test_labels_may_be_numbers_or_names(jsonl, load, label):
     rows = [{"text": f"t{n}", "label": label} for n in range(5)]
     assert set(load(jsonl("a.jsonl", rows)).train.labels) == {1}
 
 
-@pytest.mark.parametrize("label", [None, -1, "", "-1", float("nan")])
+@pytest.mark.parametrize("label", [None, -1, "", "-1", float("nan"), "nan", "NaN", "-1.0"])
 def test_a_missing_label_is_no_label(jsonl, load, label):
     rows = [{"text": f"t{n}", "label": label} for n in range(5)]
     assert load(jsonl("a.jsonl", rows)).train.labels is None
     rows += [{"text": f"u{n}", "label": 0} for n in range(15)]
     assert (load(jsonl("a.jsonl", rows)).train.labels == -1).sum() == 5
+
+
+def test_a_csv_column_of_numbers_with_gaps_has_the_classes_it_had(load, tmp_path):
+    # What pandas writes of whole numbers beside missing ones.
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"t{n},{('0.0', '1.0', '')[n % 3]}\n" for n in range(30)))
+    assert load(tmp_path, id2label=None).label_names == ("0", "1")
+    assert set(load(tmp_path).train.labels) == {-1, 0, 1}
+    assert set(load(tmp_path, id2label={0: "1.0", 1: "0.0"}).train.labels) == {-1, 0, 1}
+
+
+def test_a_class_may_be_called_nan(jsonl, load):
+    path = jsonl("a.jsonl", [{"text": f"t{n}", "label": ("nan", "roti")[n % 2]} for n in range(10)])
+    assert set(load(path, id2label={0: "roti", 1: "Nan"}).train.labels) == {0, 1}
+
+
+@pytest.mark.parametrize("labels", [(-1, 1), ("-1", "1"), (-1.0, 1.0), ("-1.0", "1.0")])
+def test_signs_as_classes_are_refused_since_one_would_be_no_label(jsonl, load, labels):
+    path = jsonl("a.jsonl", [{"text": f"t{n}", "label": labels[n % 2]} for n in range(10)])
+    for names in (None, {0: "negative", 1: "positive"}):
+        with pytest.raises(DataError, match="column 'label' holds -1 and 1 only, and -1 stands for no label"):
+            load(path, id2label=names)
+
+
+def test_splits_that_name_and_number_their_classes_are_told_apart_by_a_teacher_only(jsonl, load, tmp_path):
+    jsonl("train.jsonl", [{"text": f"t{n}", "label": ("negative", "positive")[n % 2]} for n in range(10)])
+    jsonl("test.jsonl", [{"text": f"u{n}", "label": n % 2} for n in range(4)])
+    assert load(tmp_path).test.labels.tolist() == [0, 1, 0, 1]
+    with pytest.raises(DataError, match=r"train split names its classes .negative, positive., the test split numbers"):
+        load(tmp_path, id2label=None)
 
 
 def test_names_that_are_numbers_are_names_as_text_and_indices_as_numbers(jsonl, load):
