@@ -87,7 +87,13 @@ def synthesize(
     for kind, asked in (("batch", batch), ("sequence", sequence)):
         if asked is not None and found[kind] not in (None, asked):
             raise ModelError(f"{path} has a fixed {kind} of {found[kind]}, not {asked}: ask for {found[kind]}")
-    arrays = {item.name: _values(item, resolved[item.name], filled.get(item.name), seed) for item in inputs}
+    try:
+        arrays = {item.name: _values(item, resolved[item.name], filled.get(item.name), seed) for item in inputs}
+    except (MemoryError, OverflowError, ValueError):
+        shown = ", ".join(f"{name} {_show(shape)}" for name, shape in resolved.items())
+        raise ModelError(
+            f"{path}: inputs of this size do not fit into memory: {shown}; ask for a smaller one"
+        ) from None
     return Feeds(arrays, found["batch"] or 1, found["sequence"])
 
 
@@ -282,6 +288,7 @@ def _values(item: Input, shape: tuple[int, ...], filled: float | None, seed: int
         raise ModelError(f"input {item.name} holds {item.dtype.lower()}, which edgekd cannot make up: give --feeds")
     dtype = np.dtype(DTYPES[item.dtype])
     if filled is not None:
+        _require_value(item, dtype, filled)
         return np.full(shape, filled).astype(dtype)
     # Inputs of the same name get the same values in every model, so that teacher and student see the same work.
     rng = np.random.default_rng([seed, zlib.crc32(item.name.encode())])
@@ -296,6 +303,15 @@ def _values(item: Input, shape: tuple[int, ...], filled: float | None, seed: int
     high = item.rows or DEFAULT_VOCABULARY
     most = min(high, 2 ** (8 * dtype.itemsize - 1))
     return rng.integers(min(1, most - 1), most, size=shape).astype(dtype)
+
+
+def _require_value(item: Input, dtype: np.dtype[Any], value: float) -> None:
+    """Refuse a number that would become another one in an input of whole numbers."""
+    if dtype.kind == "f":
+        return
+    low, high = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    if not (float(value).is_integer() and low <= value <= high):
+        raise ModelError(f"--value {item.name}: it takes whole numbers from {low} to {high}, got {value:g}")
 
 
 def _show(shape: Sequence[int | str | None]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.devices import Operator, is_estimated, unavailable
-from edgekd.errors import TargetError
+from edgekd.errors import ModelError, TargetError
 from edgekd.latency import stats
 from edgekd.latency.artifact import find_artifact
 from edgekd.latency.bench import Settings
@@ -22,7 +22,7 @@ from edgekd.latency.remarks import remarks, surroundings
 from edgekd.latency.result import ProfileResult
 from edgekd.latency.sweep import Axis, Point, mean_interval, sweep
 from edgekd.latency.verdict import decide, judge
-from edgekd.latency.workload import Workload
+from edgekd.latency.workload import Fed, Workload
 from edgekd.target import Target, load_target, probe
 
 __all__ = ["ProfileResult", "profile"]
@@ -106,6 +106,7 @@ def _measured(asked: Asked) -> ProfileResult:
     workload.check(list(asked.models.values()))
     around = surroundings(workload.target)
     fed = [workload.feed(name, model) for name, model in asked.models.items()]
+    unlike = _unlike(asked, fed)
     looks = Looks(fed, asked)
     measurement, verdict = decide(looks.more, clear=looks.is_clear, **asked.budget)
     points: dict[Axis, tuple[Point, ...]] = {}
@@ -118,7 +119,7 @@ def _measured(asked: Asked) -> ProfileResult:
     if asked.per_operator:
         asked.say("tracing operators")
         operators = workload.operators(fed[0])
-    notes = (*remarks(measurement, looks.samples, around), *overlaps(operators))
+    notes = (*unlike, *remarks(measurement, looks.samples, around), *overlaps(operators))
     measurement = replace(measurement, notes=notes)
     return ProfileResult(
         model=path,
@@ -132,6 +133,38 @@ def _measured(asked: Asked) -> ProfileResult:
         samples=looks.samples,
         conditions=asked.conditions(looks.samples),
     )
+
+
+def _unlike(asked: Asked, fed: Sequence[Fed]) -> tuple[str, ...]:
+    """What to say of models whose inputs have different sizes, and so not the same work.
+
+    Raises:
+        ModelError: one of them could have been fed as the other; or no model has tokens, and a number of them is asked.
+    """
+    workload = asked.workload
+    if workload.sequence is not None and all(each.sequence is None for each in fed):
+        raise ModelError(f"--sequence would have no effect: {asked.model.path} has no sequence dimension")
+    notes = []
+    for kind in ("batch", "sequence"):
+        sizes = {str(each.subject.path): getattr(each, kind) for each in fed}
+        if None in sizes.values() or len(set(sizes.values())) < 2:
+            continue
+        shown = ", ".join(f"{path} a {kind} of {size}" for path, size in sizes.items())
+        for size in sorted(set(sizes.values())):
+            if not workload.shapes and _takes(asked, kind, size):
+                raise ModelError(f"the models would do different work: {shown}; give --{kind} {size}")
+        notes.append(f"the models do different work: {shown}")
+    return tuple(notes)
+
+
+def _takes(asked: Asked, kind: str, size: int) -> bool:
+    """Whether all models can be fed with that batch or sequence."""
+    try:
+        for model in asked.models.values():
+            asked.workload.feed("trial", model, **{kind: size})
+    except ModelError:
+        return False
+    return True
 
 
 def _estimated(asked: Asked, out: Path | None) -> ProfileResult:

@@ -278,6 +278,35 @@ def test_what_does_not_go_together_is_refused_before_measuring(
     assert message in done.stderr
 
 
+def test_models_that_would_do_different_work_are_not_compared(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("it measured"))
+    fixed = tmp_path / "fixed.onnx"
+    graph = onnx.load(model)
+    for value in (graph.graph.input[0], graph.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(graph, fixed)
+    done = run("--compare", model, fixed, "-q")
+    assert done.exit_code == 2, done.output
+    assert f"{fixed} a batch of 2, {model} a batch of 1; give --batch 2" in done.stderr
+    done = run(model, "--sequence", 5, "-q")
+    assert done.exit_code == 2, done.output
+    assert "--sequence would have no effect" in done.stderr
+
+
+@pytest.mark.usefixtures("steady")
+def test_two_fixed_sizes_are_compared_with_a_note(model: Path, tmp_path: Path) -> None:
+    for size in (2, 3):
+        graph = onnx.load(model)
+        for value in (graph.graph.input[0], graph.graph.output[0]):
+            value.type.tensor_type.shape.dim[0].dim_value = size
+        onnx.save(graph, tmp_path / f"of{size}.onnx")
+    done = run("--compare", tmp_path / "of2.onnx", tmp_path / "of3.onnx", "--threads", 1, "-q")
+    assert done.exit_code == 0, done.output
+    assert "the models do different work" in " ".join(done.stdout.split())
+
+
 def test_inputs_that_do_not_fit_are_refused_before_measuring(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

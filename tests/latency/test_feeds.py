@@ -156,6 +156,19 @@ def test_given_shapes_are_resized_where_the_graph_is_free(image_model: Path, tmp
     assert resized(path, {"signal": (1, 5, 7)}, batch=4, sequence=9) == {"signal": (1, 5, 7)}
 
 
+def test_numbers_that_an_input_cannot_hold_are_refused(text_model: Path) -> None:
+    for value in (float("nan"), 1.5, 1e30):
+        with pytest.raises(ModelError, match="--value input_ids: it takes whole numbers from"):
+            synthesize(text_model, values={"input_ids": value})
+    assert (synthesize(text_model, values={"input_ids": 7}).arrays["input_ids"] == 7).all()
+
+
+@pytest.mark.parametrize("batch", [10**13, 10**20])
+def test_inputs_larger_than_memory_are_refused(text_model: Path, batch: int) -> None:
+    with pytest.raises(ModelError, match="inputs of this size do not fit into memory: input_ids"):
+        synthesize(text_model, batch=batch)
+
+
 def test_given_inputs_are_held_against_the_graph(text_model: Path, static_model: Path, tmp_path: Path) -> None:
     file, ids = tmp_path / "in.npz", np.ones((2, 5), np.int64)
     np.savez(file, input_ids=ids, attention_mask=ids)
