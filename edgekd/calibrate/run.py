@@ -76,18 +76,15 @@ def calibrate(
 
     Raises:
         TargetError: the target can be neither measured nor estimated from here.
-        StoreError: the table at `out` was made under other conditions (and `fresh` is not given), or `out` or `models`
-            cannot be written.
+        StoreError: the table at `out` has other conditions (and `fresh` is not given), or a path cannot be written.
         RecipeError, ModelError: a body or a lowering is not known or cannot be used.
     """
     progress = progress or Silent()
     known = RUNTIMES[target.runtime].lowerings
-    for name in plan.lowerings:
-        if name not in known:
-            raise RecipeError(unknown(f"lowering for {target.runtime}", name, known))
-    for path in (out, models):
-        if path is not None:
-            require_parent(path)
+    for name in (each for each in plan.lowerings if each not in known):
+        raise RecipeError(unknown(f"lowering for {target.runtime}", name, known))
+    for path in filter(None, (out, models)):
+        require_parent(path)
     if reason := unavailable(target):
         raise TargetError(f"target {target.name!r} is unavailable, so there is nothing to calibrate: {reason}")
     table = _start(target, out, threads or usual_threads(target), fresh)
