@@ -110,6 +110,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 def _numbers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or not value or not all(type(item) is int and item >= 0 for item in value):
         raise ValueError(f"expected a list of CPU numbers like [4, 5], got {value!r}")
+    if len(set(value)) < len(value):
+        raise ValueError(f"expected every CPU once, got {value!r}")
     return tuple(value)
 
 

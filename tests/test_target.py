@@ -83,6 +83,7 @@ def test_all_mistakes_are_told_at_once_with_their_lines() -> None:
         (RIGHT + "fast_precisions: [fp16]\n", "line 6: fp16 is fast but not among 'precisions'"),
         ("runtime: !!python/object:os.system {}", "is not valid YAML"),
         (RIGHT + "title: probe\n", "appears twice"),
+        (RIGHT + "cpus: [1, 1]\n", "line 6: cpus: expected every CPU once, got [1, 1]"),
     ],
 )
 def test_other_broken_files_are_explained(text: str, message: str) -> None:

@@ -87,7 +87,10 @@ def calibrate(
         require_parent(path)
     if reason := unavailable(target):
         raise TargetError(f"target {target.name!r} is unavailable, so there is nothing to calibrate: {reason}")
-    table = _start(target, out, threads or usual_threads(target), fresh)
+    threads = threads or usual_threads(target)
+    if target.reach_by == "local" and not is_estimated(target) and threads > (usable := len(host.logical_cpus())):
+        raise TargetError(f"{threads} threads asked, but this process may use {usable} CPUs: ask for fewer")
+    table = _start(target, out, threads, fresh)
     end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     with tempfile.TemporaryDirectory(prefix="edgekd-calibrate-") as name, _clock(target, Path(name), models) as clock:
         bodies = {each: find_body(each) for each in plan.bodies}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.cli.common import finish, output_options, start
+from edgekd.cli.common import FiniteRange, finish, output_options, start
 
 if TYPE_CHECKING:
     from edgekd.latency.table import LatencyTable
@@ -19,7 +19,7 @@ def _parse_shapes(ctx: click.Context, param: click.Parameter, pairs: tuple[str, 
     shapes = []
     for pair in pairs:
         batch, _, tokens = pair.partition("x")
-        if not (batch.isdigit() and tokens.isdigit() and int(batch) and int(tokens)):
+        if not (batch.isdecimal() and tokens.isdecimal() and int(batch) and int(tokens)):
             raise click.BadParameter(f"{pair!r}: expected BATCHxTOKENS, for instance 1x64")
         shapes.append((int(batch), int(tokens)))
     return tuple(shapes)
@@ -33,7 +33,7 @@ def _parse_shapes(ctx: click.Context, param: click.Parameter, pairs: tuple[str, 
               help="Form of the models; repeat for several [default: what the target would ship].")  # fmt: skip
 @click.option("--shape", "shapes", multiple=True, metavar="BATCHxTOKENS", callback=_parse_shapes,
               help="Repeat for several [default: 1x32 1x64 1x128; images: the batch counts].")  # fmt: skip
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after so long; call again to go on.")
+@click.option("--minutes", type=FiniteRange(min=0, min_open=True), help="Stop after so long; call again to go on.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads [default: the target's].")
 @click.option("--mixed", type=click.IntRange(min=0), default=12, show_default=True,
               help="Random models that go into each fit.")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -15,6 +16,17 @@ import click
 from edgekd.context import Progress, Silent
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers without NaN and infinity: no bound keeps NaN out, and nothing is ever met or missed by it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a number; a usage error if it is not finite."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 def output_options(function: Function) -> Function:
@@ -125,10 +137,10 @@ def parse_section(option: str, text: str) -> dict[str, Any]:
 
 def budget_options(function: Function) -> Function:
     """Add the options of the budget; the command receives what `budget_section` takes."""
-    above_zero = click.FloatRange(min=0, min_open=True)
+    above_zero = FiniteRange(min=0, min_open=True)
     options = (
         click.option("--latency-p95-ms", type=above_zero, help="Budget: 95th percentile in milliseconds."),
-        click.option("--speedup", type=click.FloatRange(min=1, min_open=True), help="Budget: times the fp32 teacher."),
+        click.option("--speedup", type=FiniteRange(min=1, min_open=True), help="Budget: times the fp32 teacher."),
         click.option(
             "--batch", type=click.IntRange(min=1), help="Examples per inference [default: the target's, or 1]."
         ),

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from edgekd.cli.common import budget_options, budget_section, data_options, data_section, finish, output_options, start
+from edgekd.cli.common import (
+    FiniteRange,
+    budget_options,
+    budget_section,
+    data_options,
+    data_section,
+    finish,
+    output_options,
+    start,
+)
 
 
 @click.command(short_help="Teacher, data, device and budget in; deployable ONNX bundle out.")
@@ -20,9 +29,9 @@ from edgekd.cli.common import budget_options, budget_section, data_options, data
 @click.option("--preset", metavar="NAME", help="balanced (default), fast, accurate or small.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run folder.")
 @budget_options
-@click.option("--size-mb", type=click.FloatRange(min=0, min_open=True), help="Budget: size of the ONNX file.")
-@click.option("--max-drop", "accuracy_drop", type=click.FloatRange(0, 1), help="Floor: metric lost at most, e.g. 0.02.")
-@click.option("--min-accuracy", type=click.FloatRange(0, 1), help="Floor: metric at least.")
+@click.option("--size-mb", type=FiniteRange(min=0, min_open=True), help="Budget: size of the ONNX file.")
+@click.option("--max-drop", "accuracy_drop", type=FiniteRange(0, 1), help="Floor: metric lost at most, e.g. 0.02.")
+@click.option("--min-accuracy", type=FiniteRange(0, 1), help="Floor: metric at least.")
 @data_options
 @click.option("--seed", type=click.IntRange(min=0), help="Seed [default: 0].")
 @click.option("--resume/--fresh", "resume", default=True, help="Go on with what is in --out (default), or start anew.")

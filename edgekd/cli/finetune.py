@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgekd.cli.common import data_options, data_section, finish, output_options, parse_settings, start
+from edgekd.cli.common import FiniteRange, data_options, data_section, finish, output_options, parse_settings, start
 
 HELP = """Train BASE on labelled data: the teacher for `edgekd compress`.
 
@@ -28,7 +28,7 @@ Examples:
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples of one batch [default: 32].")
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Largest learning rate [default: 5e-5, or 1e-3 from scratch].",
 )
 @click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.cli.common import finish, output_options, start
+from edgekd.cli.common import FiniteRange, finish, output_options, start
 
 if TYPE_CHECKING:
     from edgekd.latency.result import ProfileResult
@@ -74,6 +74,14 @@ def _list(example: str, least: int = 1) -> Parsed:
     return parse
 
 
+def _cpus(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[int, ...]:
+    """Read CPU numbers, each of them once: a thread is counted for each."""
+    numbers: tuple[int, ...] = _list("0,1", 0)(ctx, param, text)
+    if len(set(numbers)) < len(numbers):
+        raise click.BadParameter(f"{text!r}: name every CPU once")
+    return numbers
+
+
 def _session(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
     """Read session options: `graph_optimization`, `disabled_optimizers`, and configuration entries (with a dot)."""
     from edgekd.errors import unknown
@@ -100,14 +108,14 @@ def _session(ctx: click.Context, param: click.Parameter, pairs: tuple[str, ...])
 
 
 FILE, FOLDER = click.Path(dir_okay=False, path_type=Path), click.Path(file_okay=False, path_type=Path)
-ABOVE_ZERO, COUNT = click.FloatRange(min=0, min_open=True), click.IntRange(min=1)
+ABOVE_ZERO, COUNT = FiniteRange(min=0, min_open=True), click.IntRange(min=1)
 
 
 @click.command(cls=Grouped)
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option("--target", default="local", show_default=True, help="Target to measure on: a name or a YAML file.")
 @click.option("--threads", type=COUNT, metavar="N", help="Threads [default: the target's; local: all cores].")
-@click.option("--cpus", metavar="0,1", callback=_list("0,1", 0), help="CPUs to stay on [default: the quietest].")
+@click.option("--cpus", metavar="0,1", callback=_cpus, help="CPUs to stay on [default: the quietest].")
 @click.option("--session", multiple=True, metavar="KEY=VALUE", callback=_session,
               help="Option of the runtime: graph_optimization=basic, session.…=…; repeat for several.")  # fmt: skip
 @click.option("--batch", type=COUNT, metavar="N", help="Examples per inference [default: 1].")

@@ -258,7 +258,10 @@ def load(path: Path) -> LatencyTable:
         raise ModelError(f"cannot read the latency table {path}: {error}") from None
     if not isinstance(data, dict):
         raise ModelError(f"the latency table {path} is damaged: expected an object")
-    return LatencyTable.from_dict(data)
+    try:
+        return LatencyTable.from_dict(data)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
 def find_table(target: str) -> Path | None:

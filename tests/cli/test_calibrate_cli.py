@@ -81,6 +81,9 @@ def test_calibrate_measures_and_goes_on_as_a_process(make_model, tmp_path: Path)
     ("options", "message"),
     [
         (("--shape", "64"), "expected BATCHxTOKENS, for instance 1x64"),
+        (("--shape", "²x4"), "expected BATCHxTOKENS, for instance 1x64"),
+        (("--minutes", "nan"), "'nan' is not a finite number"),
+        (("--threads", "4096"), "4096 threads asked, but this process may use"),
         (("--body", "bert-3"), "unknown body 'bert-3'"),
         (
             ("--lowering", "int8_dynamc"),
