@@ -30,7 +30,7 @@ __all__ = ["ProfileResult", "profile"]
 
 def profile(
     model: str | Path,
-    target: str | Target = "local",
+    target: str | Path | Target = "local",
     *,
     batch: int | None = None,
     sequence: int | None = None,
@@ -38,7 +38,7 @@ def profile(
     cpus: Sequence[int] = (),
     shapes: Mapping[str, Sequence[int]] | None = None,
     values: Mapping[str, float] | None = None,
-    feeds: Path | None = None,
+    feeds: str | Path | None = None,
     session: Mapping[str, Any] | None = None,
     baseline: str | Path | None = None,
     latency_p95_ms: float | None = None,
@@ -47,7 +47,7 @@ def profile(
     batches: Sequence[int] = (),
     sequences: Sequence[int] = (),
     per_operator: bool = False,
-    out: Path | None = None,
+    out: str | Path | None = None,
     settings: Settings | None = None,
     say: Say = lambda text: None,
 ) -> ProfileResult:
@@ -64,7 +64,12 @@ def profile(
         TargetError: no such target, it cannot do what is asked, or more threads than this process may use.
         ModelError: a model cannot be found, read, fed, loaded, compiled or run.
     """
-    target = probe(load_target(target) if isinstance(target, str) else target)
+    counts = {"batch": batch, "sequence": sequence, "threads": threads, "batches": batches, "sequences": sequences}
+    _check_counts(counts)
+    if speedup is not None and baseline is None:
+        raise ModelError("a speedup needs a baseline: the model to be faster than")
+    feeds, out = (None if path is None else Path(path) for path in (feeds, out))
+    target = probe(target if isinstance(target, Target) else load_target(target))
     models = {"model": find_artifact(model), **({"baseline": find_artifact(baseline)} if baseline else {})}
     chosen = {"batch": batch, "sequence": sequence, "threads": threads, "cpus": cpus, "shape": shapes,
               "value": values, "feeds": feeds, "session": session, "out": out}  # fmt: skip
@@ -82,6 +87,18 @@ def profile(
         if reason := unavailable(target):
             return _missing(asked, reason)
         return _estimated(asked, out) if is_estimated(target) else _measured(asked)
+
+
+def _check_counts(counts: Mapping[str, int | Sequence[int] | None]) -> None:
+    """Refuse numbers below 1.
+
+    Raises:
+        ModelError: there are some.
+    """
+    for name, value in counts.items():
+        each = () if value is None else (value,) if isinstance(value, int) else value
+        if wrong := [number for number in each if number < 1]:
+            raise ModelError(f"{name}: expected whole numbers of at least 1, got {wrong[0]}")
 
 
 def _check(target: Target, chosen: Sequence[str]) -> None:
