@@ -18,12 +18,13 @@ from edgekd.arch import Arch, Layer
 from edgekd.calibrate.bodies import Body, find_body
 from edgekd.calibrate.estimates import Estimator, estimated_points, with_point
 from edgekd.calibrate.graphs import build_graphs
+from edgekd.calibrate.identity import fingerprint, runtime_of
 from edgekd.calibrate.shapes import chains, convolution_shapes, mixed, references
 from edgekd.calibrate.timing import time_beside
 from edgekd.context import Progress, Silent
 from edgekd.devices import is_estimated, unavailable, usual_threads
 from edgekd.errors import ModelError, RecipeError, StoreError, TargetError, unknown
-from edgekd.files import require_parent, sha256_json
+from edgekd.files import require_parent
 from edgekd.latency.bench import Subject
 from edgekd.latency.cell import Frame
 from edgekd.latency.table import FIT, HELD_OUT, Conditions, LatencyTable, Point, load
@@ -158,25 +159,6 @@ def _start(target: Target, out: Path, threads: int, fresh: bool) -> LatencyTable
                 f"{out} was made with {key} {was!r}, here it is {now!r}: choose another --out, or --fresh to begin anew"
             )
     return table
-
-
-def fingerprint(target: Target) -> str:
-    """Of what in a target file can change a latency; titles, sources and budgets may be rewritten."""
-    facts = (target.runtime, dict(target.options), target.providers, target.cpus, target.shapes, target.symmetric)
-    # Names of CPUs can be vague ("AMD EPYC"); what it can do is not. Boards and NPUs are not this CPU.
-    features = [list(target.features)] if target.features else []
-    return sha256_json([*facts, target.reach_by, dict(target.reach_settings), *features])[:16]
-
-
-def runtime_of(target: Target) -> str:
-    """The runtime and, where it is the one installed here, its version (that of a compiler is among its options)."""
-    package = {"onnxruntime": "onnxruntime", "openvino": "openvino"}.get(target.runtime)
-    if package is None or target.reach_by != "local":
-        return target.runtime
-    try:
-        return f"{target.runtime} {metadata.version(package)}"
-    except metadata.PackageNotFoundError:
-        return target.runtime
 
 
 def _groups(plan: Plan, bodies: dict[str, Body]) -> Iterator[_Group]:

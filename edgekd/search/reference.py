@@ -13,7 +13,7 @@ import numpy as np
 from edgekd import host
 from edgekd.arch import Arch
 from edgekd.calibrate.bodies import Body, body_of_student
-from edgekd.calibrate.run import fingerprint, runtime_of
+from edgekd.calibrate.identity import fingerprint, runtime_of
 from edgekd.calibrate.shapes import convolution_shapes, short_chains
 from edgekd.devices import is_estimated, unavailable, usual_threads
 from edgekd.errors import ModelError, RecipeError, TargetError
