@@ -25,8 +25,12 @@ def command(ctx: click.Context, as_json: bool, quiet: bool, verbose: bool) -> No
     Example:
       edgekd targets show local
     """
+    options = {"as_json": as_json, "quiet": quiet, "verbose": verbose}
     if ctx.invoked_subcommand is None:
-        ctx.invoke(list_command, as_json=as_json, quiet=quiet, verbose=verbose)
+        ctx.invoke(list_command, **options)
+        return
+    # What is given before the name of the subcommand holds for it as well.
+    ctx.default_map = {name: {key: value for key, value in options.items() if value} for name in command.commands}
 
 
 @command.command("list")

@@ -119,6 +119,15 @@ def test_whatever_is_wrong_json_is_json(arguments, kind, message, tmp_path, monk
     assert error["message"].splitlines()[0] in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--json",), ("--json", "list"), ("list", "--json"), ("--json", "show", "local")]
+)
+def test_targets_prints_json_wherever_the_option_stands(arguments):
+    done = invoke("targets", *arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)
+
+
 def test_a_recipe_with_five_mistakes_names_all_of_them(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
