@@ -82,10 +82,12 @@ def calibrate(
     """
     progress = progress or Silent()
     known = RUNTIMES[target.runtime].lowerings
-    for name in (each for each in plan.lowerings if each not in known):
-        raise RecipeError(unknown(f"lowering for {target.runtime}", name, known))
-    for path in filter(None, (out, models)):
-        require_parent(path)
+    for name in plan.lowerings:
+        if name not in known:
+            raise RecipeError(unknown(f"lowering for {target.runtime}", name, known))
+    for path in (out, models):
+        if path is not None:
+            require_parent(path)
     if reason := unavailable(target):
         raise TargetError(f"target {target.name!r} is unavailable, so there is nothing to calibrate: {reason}")
     threads = threads or usual_threads(target)

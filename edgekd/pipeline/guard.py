@@ -6,8 +6,7 @@ same of what a vendor's compiler makes for the device; elsewhere nothing is comp
 the same of the file after deflate, if the student says that this is what the device stores. Metric: higher on
 validation by more than chance among the examples that only one side gets right; if it is neither higher nor lower by
 that much, the answers must be nearer to the teacher's (KL divergence). One of them is enough, but fewer bytes of
-flash or transfer do not make up for a latency that got worse (the interval lies wholly above 1, an estimate is 2 %
-higher).
+flash or transfer do not make up for a latency that got worse by 5 % (all of its interval, or the estimate).
 
 `operators` times each of its operators itself, in the form that is to ship: what it has measured counts there, since
 what is weighed here is the float form of the student.
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekd.operators.guard import CLEAR
 from edgekd.pipeline.artifact import float_forms
 from edgekd.pipeline.sides import Scale, Side, weigh
 from edgekd.stages import Stage
@@ -27,8 +27,6 @@ from edgekd.student import Student
 
 SMALLER = 0.01
 """The least share of its size that an artifact must lose to count as smaller."""
-SLOWER = 0.02
-"""The share of time from which an estimate counts as worse."""
 
 
 PAYS = "kept:"
@@ -105,14 +103,11 @@ def decide(buys: Sequence[str], before: Side, after: Side, *, force: bool = Fals
     slower = bool(gained) and gained <= BYTES_ALONE and any(look.worse for look in looks.values())
     if gained and not slower:
         return Decision(kept=True, forced=False, why=figures)
-    if slower and not force:
-        return Decision(kept=False, forced=False, why=f"rolled back because fewer bytes made it slower: {figures}")
-    if any(look.gained is None for look in looks.values()) and not slower:
+    if not gained and any(look.gained is None for look in looks.values()):
         return Decision(kept=True, forced=False, why=f"kept though no gain is known: {figures}")
-    if force:
-        but = "fewer bytes made it slower" if slower else "nothing was gained"
-        return Decision(kept=True, forced=True, why=f"kept because of force, though {but}: {figures}")
-    return Decision(kept=False, forced=False, why=f"rolled back because nothing was gained: {figures}")
+    reason = "fewer bytes made it slower" if slower else "nothing was gained"
+    kept = f"kept because of force, though {reason}" if force else f"rolled back because {reason}"
+    return Decision(kept=force, forced=force, why=f"{kept}: {figures}")
 
 
 def _latency(before: Side, after: Side) -> Look:
@@ -123,9 +118,9 @@ def _latency(before: Side, after: Side) -> Look:
     figures = f"latency {before.latency['p50_ms']:.4g} → {after.latency['p50_ms']:.4g} ms, ratio {ratio:.3f}"
     if interval is None:
         kind = str(after.latency["kind"]).replace("_", " ")
-        return Look(ratio < 1, f"{figures} ({kind}, no interval)", worse=ratio > 1 + SLOWER)
+        return Look(ratio < 1, f"{figures} ({kind}, no interval)", worse=ratio > CLEAR)
     low, high = interval
-    return Look(high < 1, f"{figures} (99 % interval {low:.3f}–{high:.3f})", worse=low > 1)
+    return Look(high < 1, f"{figures} (99 % interval {low:.3f}–{high:.3f})", worse=low > CLEAR)
 
 
 def _size(before: Side, after: Side) -> Look:

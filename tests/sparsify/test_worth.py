@@ -20,7 +20,7 @@ from edgekd.export.sparse import compress, compressed_bytes, sparse_initializers
 from edgekd.latency.bench import Settings
 from edgekd.pipeline import compress as run_recipe
 from edgekd.pipeline import finish, sides
-from edgekd.pipeline.guard import decide, guard
+from edgekd.pipeline.guard import JUDGES, Look, decide, guard
 from edgekd.pipeline.sides import Scale, Side, in_flash
 from edgekd.recipe import load_recipe
 from edgekd.report.card import model_card
@@ -135,7 +135,8 @@ def test_this_cpu_gains_nothing_from_zeros(setup, ctx, tmp_path):
     assert (after.storage, before.storage) == ("dense", "")
     assert decision is not None
     assert "but the device stores the plain file" in decision.why
-    compressed = replace(after, storage="compressed")
+    as_fast = {"kind": "measured", "p50_ms": 1.0, "ratio": 1.0, "ratio_ci99": [0.99, 1.01]}
+    compressed = replace(after, storage="compressed", latency=as_fast)
     assert decide(stage.buys, before, compressed).kept
     told = before.to_dict() | {"after": after.to_dict()}
     assert told["compressed_bytes"] == before.compressed_bytes
@@ -148,7 +149,8 @@ def float_graph(setup: Any, folder: Path) -> Path:
     return export_float(setup.teacher, setup.task.name, folder / "teacher.onnx")
 
 
-def test_a_run_ships_the_sparse_model_and_its_compressed_file(make_model, text_data, tmp_path):
+def test_a_run_ships_the_sparse_model_and_its_compressed_file(make_model, text_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(JUDGES, "latency", lambda before, after: Look(gained=False, said="as fast as before"))
     stages = [
         {"quantize": {"lowering": "int8_dynamic", "force": True, "calibration": 16}},
         {"sparsify": {"pattern": "2:4", "epochs": 1, "batch_size": 8, "calibration": 16, "storage": "compressed"}},
