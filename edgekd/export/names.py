@@ -48,6 +48,13 @@ def multiplied(graph: Any) -> dict[str, Any]:
     return {module: node for node in nodes if (module := told.get(node.name) or module_of(node))}
 
 
+def name_after_modules(graph: Any) -> None:
+    """Rename, in place, products that bear the names of calls: what is lowered later has no biases left to tell by."""
+    for module, node in multiplied(graph).items():
+        if module_of(node) != module:
+            node.name = f"/{module.replace('.', '/')}/{node.op_type}"
+
+
 def _told_by_tensors(graph: Any, nodes: Collection[Any]) -> dict[str, str]:
     """Modules by name of the node, from the tensors that belong to it alone."""
     uses = Counter(name for node in graph.graph.node for name in node.input)

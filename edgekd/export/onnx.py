@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.errors import StageError
+from edgekd.export.names import name_after_modules
 from edgekd.student import Student, quiet_transformers
 from edgekd.tasks import get_task
 
@@ -43,6 +44,7 @@ def export_float(student: Student, task: str, output: Path) -> Path:
     finally:
         if config is not None:
             model.config.edgekd = config
+    name_after_modules(graph)
     _fix_image_size(graph, student, task)
     save_checked(graph, output)
     return output

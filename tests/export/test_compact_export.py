@@ -13,9 +13,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekd.export.layers import quantized_layers
 from edgekd.export.lower import fuse, lower
 from edgekd.export.onnx import export_float
 from edgekd.export.packed import pack_projections
+from edgekd.export.scales import weights_of
 from edgekd.export.static import fix_shapes, free_dimensions
 from edgekd.families.compact import install
 from edgekd.student import Student, load_student
@@ -87,6 +89,18 @@ def test_the_graph_says_what_torch_says(exported, kind, change, tmp_path):
             with torch.no_grad():
                 told = student.model.eval()(**batch).logits.numpy()
             np.testing.assert_allclose(run(file, batch), told, atol=tolerance, rtol=0, err_msg=lowering)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_layers_that_drop_tokens_bear_the_names_of_their_modules(exported, kind, tmp_path):
+    """Also as integers, their biases elsewhere: the output of attention is not taken for that of the neurons."""
+    student, graph = exported(kind, "fewer")
+    weights = weights_of(student.model)
+    file = lower(graph, tmp_path / "lean.onnx", "int8_dynamic_lean", model_type=student.model.config.model_type)
+    found = [layer.module for layer in quantized_layers(onnx.load(file))]
+    assert len(set(found)) == len(found)
+    assert set(found) <= set(weights)
+    assert sum(".layer.0." in name for name in found) == sum(".layer.0." in name for name in weights)
 
 
 def test_layers_with_all_tokens_are_still_fused(exported, make_model, tmp_path):
