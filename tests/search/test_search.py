@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from edgekd.arch import Arch, Layer
+from edgekd.calibrate.bodies import body_of_student
 from edgekd.calibrate.shapes import chains, short_chains
 from edgekd.context import Budget, Context, Silent
 from edgekd.data import DataSpec, Examples
@@ -181,6 +182,36 @@ def test_the_measured_latency_of_the_choice_is_just_under_the_budget(context, mo
     speedup = clock.teacher_ms / (clock.cost(student.plan) * bias)
     assert 2.0 <= speedup < 2.0 / 0.85
     assert context.notes["checks"]
+
+
+class Disturbed:
+    """Measures 2 ms for students and 10 for the teacher, but nearly half of the first looks' blocks are slower."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
+        self.looks, self.seen = looks, 0
+        monkeypatch.setattr(timing, "build_graph", lambda body, arch, frame, ctx, output: output)
+        monkeypatch.setattr(timing, "measure", self.measure)
+
+    def measure(self, subjects, **settings):
+        self.seen += 1
+        block = np.repeat(np.arange(120), 4)
+        hit = np.random.default_rng(self.seen).permutation(120)[block] < 58
+        slower = np.where(hit & (self.seen <= self.looks), 1.5, 1.0)
+        own = {"teacher": np.full(480, 10.0)}
+        return [
+            Samples(name=s.name, ms=own.get(s.name, 2.0 * slower), block=block, sequence=16, threads=1)
+            for s in subjects
+        ]
+
+
+@pytest.mark.parametrize(("disturbed", "looks"), [(0, 1), (1, 2), (9, timing.LOOKS)])
+def test_a_disturbed_measurement_goes_on_until_an_interval_is_narrow(context, monkeypatch, disturbed, looks):
+    clock = Disturbed(monkeypatch, disturbed)
+    gauge = timing.Gauge(10.0, context)
+    used = gauge.used([(body_of_student(context.teacher, context.task.name), context.teacher.arch, 2.0)])
+    assert clock.seen == looks
+    # 2 ms of 10 are two fifths of a budget of twice as fast.
+    assert used[0] == pytest.approx(0.4) if looks < timing.LOOKS else used[0] > 0.5
 
 
 def test_p95_budgets_are_searched_the_same_way(context, monkeypatch):
