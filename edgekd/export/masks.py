@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.export.rewrite import attribute
+from edgekd.export.sizes import Sizes
 from edgekd.export.static import drop_unused
 
 Range = tuple[float, float]
@@ -50,10 +52,12 @@ def shorten_masks(graph: Any) -> int:
     """Write additive masks as `(mask - 1) * K`, in place, with the K they have; return how many.
 
     Exporters work such a mask out in twenty operators. The values stay the same, `[B, 1, 1, S]` instead of a row for
-    every query, which `Attention` nodes then need to be given again; masks that are anything else are left alone.
+    every query, which `Attention` nodes then need to be given again; layers that choose tokens read its first row.
+    Masks that are anything else are left alone.
     """
-    pure = _pure(graph)
+    pure, sizes = _pure(graph), Sizes(graph)
     readers = [(node, index) for node in graph.graph.node for index in _mask_read(node, pure)]
+    readers += [(wide, 0) for node in graph.graph.node if (wide := _first_row(node, sizes)) is not None]
     bars: dict[str, float] = {}
     count = 0
     for mask in sorted({node.input[index] for node, index in readers}):
@@ -78,6 +82,15 @@ def _mask_read(node: Any, pure: set[str]) -> list[int]:
     if node.op_type == "Add" and len(set(node.input) & pure) == 1:
         return [index for index, name in enumerate(node.input) if name in pure]
     return []
+
+
+def _first_row(node: Any, sizes: Sizes) -> Any:
+    """The node that `[:, 0, 0]` of a tensor begins with, whose other rows nobody reads; None if this is not its end."""
+    begin = sizes.makers.get(node.input[0]) if node.input else None
+    pair = [each for each in (begin, node) if each is not None and each.op_type == "Gather"]
+    if len(pair) < 2 or any(attribute(each, "axis", 0) != 1 or sizes.scalar(each.input[1]) != 0 for each in pair):
+        return None
+    return begin
 
 
 def barred(ranges: Mapping[str, Range]) -> list[str]:

@@ -77,6 +77,13 @@ def run(graph: Path | onnx.ModelProto, batch: dict[str, torch.Tensor]) -> np.nda
     return session.run(None, feeds)[0]
 
 
+@pytest.mark.parametrize("kind", TEXT)
+def test_layers_that_choose_tokens_do_not_keep_the_exporters_mask(exported, kind: str, tmp_path: Path) -> None:
+    _, graph = exported(kind, "fewer")
+    nodes = onnx.load(lower(graph, tmp_path / "lean.onnx", "fp32_lean")).graph.node
+    assert [node.name for node in nodes if "attention_mask" in node.input] == ["edgekd/attention_mask/wide"]
+
+
 @pytest.mark.parametrize(
     ("kind", "change"),
     [*((kind, "fewer") for kind in KINDS), ("bert", "shared"), ("distilbert", "shared"), ("vit", "shared")],
