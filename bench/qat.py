@@ -50,7 +50,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "forward_kl+hidden_mse": {"forward_kl": {"weight": 1.0, "temperature": 2.0}, "hidden_mse": 1.0},
     "forward_kl+hidden_mse+output": {"forward_kl": {"weight": 1.0, "temperature": 2.0}, "hidden_mse": 1.0} | OUTPUT,
 }
-"""Parts of A16's objective one by one and together, and what `distill` does."""
+"""Parts of the objective of Kim et al. 2022 one by one and together, and what `distill` does."""
 SCHEMES: dict[str, dict[str, Any]] = {
     "int8_dynamic": {"lowering": "int8_dynamic"},
     "int8_static": {"lowering": "int8_static"},

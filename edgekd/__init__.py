@@ -5,7 +5,7 @@ import edgekd
 run = edgekd.compress("teacher/", data="data/", target="local", speedup=4, out="runs/mine")
 edgekd.profile("runs/mine/bundle", target="local")
 edgekd.evaluate("runs/mine/bundle", data="data/")
-student = edgekd.load("runs/mine/03-distill")
+student = edgekd.load("runs/mine/04-distill")
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def command(
 
     \b
     Example:
-      edgekd calibrate --target local --body bert-384 --threads 1 --minutes 10
+      edgekd calibrate --target local --body bert-384 --threads 1 --minutes 10 --out mine.json
     """
     progress = start(as_json=as_json, quiet=quiet, verbose=verbose)
     from edgekd.calibrate.run import Plan, calibrate
