@@ -148,8 +148,8 @@ class Gauge:
 
         Each plan is a body, the shape to cut from it and its predicted latency in milliseconds. They are measured in
         turns with the teacher and each other; where something disturbs that so much that an interval is wide, they are
-        measured again, and the narrowest interval counts. Where nothing can be run, an estimate or the prediction has
-        to do. What the target's compiler refuses uses infinitely much.
+        measured again, and the narrowest interval counts; one without an end stands for its middle. Where nothing can
+        be run, an estimate or the prediction has to do. What the target's compiler refuses uses infinitely much.
         """
         ctx = self.ctx
         if unavailable(ctx.target) is not None:
@@ -161,14 +161,14 @@ class Gauge:
         for i, (body, arch, _) in enumerate(plans):
             file = build_graph(body, arch, frame_for(body, ctx), ctx, ctx.work / f"check{i}.onnx")
             subjects.append(Subject(name=f"student{i}", path=file))
-        best = [(1.0, math.inf)] * len(plans)
+        best: list[tuple[float, float]] = []
         for _ in range(LOOKS):
             teacher, *samples = time_graphs(subjects, ctx, blocks=120)
             seen = [self._shares(sample, teacher) for sample in samples]
-            best = [min(pair, key=_spread) for pair in zip(best, seen, strict=True)]
+            best = [min(pair, key=_spread) for pair in zip(best, seen, strict=True)] if best else seen
             if all(_spread(shares) <= SURE for shares in best):
                 break
-        return [worst for _, worst in best]
+        return [worst if math.isfinite(worst) else middle for middle, worst in best]
 
     def _estimated(self, estimate: Estimator, body: Body, arch: Arch) -> float:
         try:
@@ -201,15 +201,16 @@ class Gauge:
         )
 
     def _shares(self, sample: Samples, teacher: Samples) -> tuple[float, float]:
-        """Share of the budget that is used, and that at the worse end of the interval."""
+        """Share of the budget that is used, and that at the worse end of the interval, infinite if that is unknown."""
         budget, middle, worst = self.ctx.budget, [], []
         seen = summarize(sample, target=self.ctx.target.name, baseline=teacher)
         if budget.speedup is not None:
             middle.append(budget.speedup / (seen.speedup or math.inf))
-            worst.append(budget.speedup / _finite(seen.speedup_ci99, 0, seen.speedup))
+            slowest = (seen.speedup_ci99 or (0.0, 0.0))[0]
+            worst.append(budget.speedup / slowest if slowest > 0 else math.inf)
         if budget.latency_p95_ms is not None:
             middle.append((seen.p95_ms or math.inf) / budget.latency_p95_ms)
-            worst.append(_finite(seen.p95_ci99_ms, 1, seen.p95_ms) / budget.latency_p95_ms)
+            worst.append((seen.p95_ci99_ms or (0.0, math.inf))[1] / budget.latency_p95_ms)
         return max(middle), max(worst)
 
 
@@ -217,9 +218,3 @@ def _spread(shares: tuple[float, float]) -> float:
     """By how much the worse end of an interval exceeds its middle, as a share of it."""
     middle, worst = shares
     return worst / middle - 1
-
-
-def _finite(interval: tuple[float, float] | None, end: int, value: float | None) -> float:
-    """One end of an interval, or the value itself where the samples cannot bound it."""
-    bound = interval[end] if interval is not None else math.inf
-    return bound if math.isfinite(bound) and bound > 0 else float(value or math.inf)
