@@ -19,7 +19,7 @@ from edgekd.devices import is_estimated, unavailable
 from edgekd.errors import ModelError, StageError
 from edgekd.latency.bench import Settings, Subject, measure
 from edgekd.latency.cell import Frame
-from edgekd.latency.stats import Samples, summarize
+from edgekd.latency.stats import Samples, join, summarize
 from edgekd.latency.table import frame_of
 from edgekd.search.space import with_hidden
 from edgekd.surgery import cut
@@ -148,8 +148,9 @@ class Gauge:
 
         Each plan is a body, the shape to cut from it and its predicted latency in milliseconds. They are measured in
         turns with the teacher and each other; where something disturbs that so much that an interval is wide, they are
-        measured again, and the narrowest interval counts; one without an end stands for its middle. Where nothing can
-        be run, an estimate or the prediction has to do. What the target's compiler refuses uses infinitely much.
+        measured again, and the narrowest interval counts. Where none has an end all looks are taken together, then the
+        middle. Where nothing can be run, an estimate or the prediction has to do. What the target's compiler refuses
+        uses infinitely much.
         """
         ctx = self.ctx
         if unavailable(ctx.target) is not None:
@@ -162,13 +163,21 @@ class Gauge:
             file = build_graph(body, arch, frame_for(body, ctx), ctx, ctx.work / f"check{i}.onnx")
             subjects.append(Subject(name=f"student{i}", path=file))
         best: list[tuple[float, float]] = []
+        taken: list[list[Samples]] = []
         for _ in range(LOOKS):
-            teacher, *samples = time_graphs(subjects, ctx, blocks=120)
-            seen = [self._shares(sample, teacher) for sample in samples]
-            best = [min(pair, key=_spread) for pair in zip(best, seen, strict=True)] if best else seen
+            taken.append(time_graphs(subjects, ctx, blocks=120))
+            best = self._better(best, taken[-1:])
             if all(_spread(shares) <= SURE for shares in best):
                 break
+        if any(math.isinf(worst) for _, worst in best):
+            best = self._better(best, taken)
         return [worst if math.isfinite(worst) else middle for middle, worst in best]
+
+    def _better(self, best: list[tuple[float, float]], taken: Sequence[list[Samples]]) -> list[tuple[float, float]]:
+        """The narrower of what was known of each shape and of what these looks together say."""
+        teacher, *samples = [join(parts) for parts in zip(*taken, strict=True)]
+        seen = [self._shares(sample, teacher) for sample in samples]
+        return [min(pair, key=_spread) for pair in zip(seen, best, strict=True)] if best else seen
 
     def _estimated(self, estimate: Estimator, body: Body, arch: Arch) -> float:
         try:

@@ -214,24 +214,30 @@ def test_a_disturbed_measurement_goes_on_until_an_interval_is_narrow(context, mo
     assert used[0] == pytest.approx(0.4) if looks < timing.LOOKS else used[0] > 0.5
 
 
-def test_an_interval_without_an_end_is_the_widest_of_all(context, monkeypatch):
-    """Too few blocks bound no p95: such a look is taken again, and the next one counts though its p95 is worse."""
-    few, looks = Disturbed(monkeypatch, 0), []
+@pytest.mark.parametrize(
+    ("kept", "slower", "looks", "share"),
+    [
+        pytest.param((20, 120), (1.0, 1.1), 2, 0.55, id="the one with an end counts"),
+        pytest.param((40, 40, 40), (1.2, 1.1, 1.0), 3, 0.6, id="all together have one"),
+    ],
+)
+def test_an_interval_without_an_end_is_the_widest_of_all(context, monkeypatch, kept, slower, looks, share):
+    """Too few blocks bound no p95."""
+    whole, done = Disturbed(monkeypatch, 0), []
 
     def measure(subjects, **settings):
-        looks.append(len(looks))
-        kept = 20 if len(looks) == 1 else 120
-        slower = 1.0 if len(looks) == 1 else 1.1
+        count, factor = kept[len(done)], slower[len(done)]
+        done.append(count)
         return [
-            replace(each, ms=slower * each.ms[each.block < kept], block=each.block[each.block < kept])
-            for each in few.measure(subjects)
+            replace(each, ms=factor * each.ms[each.block < count], block=each.block[each.block < count])
+            for each in whole.measure(subjects)
         ]
 
     monkeypatch.setattr(timing, "measure", measure)
     gauge = timing.Gauge(10.0, replace(context, budget=Budget(latency_p95_ms=4.0, sequence=16)))
     used = gauge.used([(body_of_student(context.teacher, context.task.name), context.teacher.arch, 2.0)])
-    assert len(looks) == 2
-    assert used[0] == pytest.approx(0.55)
+    assert len(done) == looks
+    assert used[0] == pytest.approx(share)
 
 
 def test_p95_budgets_are_searched_the_same_way(context, monkeypatch):
