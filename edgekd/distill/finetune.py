@@ -172,7 +172,10 @@ def _model(folder: Path, task: Task, names: dict[int, str], *, scratch: bool) ->
     import transformers
 
     auto = getattr(transformers, task.auto_class)
-    labels = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    labels = {
+        "num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()},
+        "problem_type": "single_label_classification",
+    }  # fmt: skip
     with quiet_transformers():
         try:
             if scratch:

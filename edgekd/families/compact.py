@@ -80,6 +80,21 @@ def install(model: nn.Module, family: Family, layers: Sequence[Layer], *, fresh:
     _route(model, family, block, places, modules, wanted)
 
 
+def movable(model: nn.Module, family: Family) -> tuple[bool, bool]:
+    """Whether layers of this model may drop tokens, and whether they may share attention."""
+    if family.name not in BLOCKS or family.places is None:
+        return False, False
+    modules: list[Any] = family.layers(model)
+    attentions = [module.get_submodule(family.places.attention) for module in modules]
+    moved = not any(_is_tied_to_places(module, each) for module, each in zip(modules, attentions, strict=True))
+    return moved and family.reads_first(model), moved
+
+
+def _is_tied_to_places(module: Any, attention: Any) -> bool:
+    relative = getattr(attention, "position_embedding_type", "absolute") != "absolute"
+    return relative or bool(getattr(module, "is_decoder", False))
+
+
 def _state(layer: Any) -> Compact:
     state: Compact = getattr(layer, "compact", Compact())
     return state

@@ -49,6 +49,9 @@ def encoder(name: str, model_types: tuple[str, ...], places: Places) -> Family:
         kept = nn.ModuleList([layers(model)[i] for i in keep])
         put(model.base_model, places.layers, kept)
         setattr(model.config, places.depth, len(keep))
+        if getattr(model.config, "pruned_heads", None):
+            # By indices of layers as they were; the widths are in the arch section.
+            model.config.pruned_heads = {}
 
     def heads(layer: nn.Module) -> int:
         return int(getattr(layer.get_submodule(places.attention), places.heads))

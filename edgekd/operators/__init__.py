@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge, Gt
@@ -68,6 +68,18 @@ class Operators:
     def reshape(self, arch: Arch) -> Arch:
         """The shape with every operator that these settings ask for and that it can have; search predicts this."""
         return reshape(self, arch)
+
+    def possible(self, student: Student) -> Operators:
+        """The same settings without what the layers or the head of this student cannot have at all."""
+        from edgekd.families.compact import movable
+
+        drop, share = movable(student.model, student.family)
+        return replace(
+            self,
+            first_token=self.first_token and drop,
+            tokens=self.tokens if drop else None,
+            share=self.share if share else None,
+        )
 
     def run(self, student: Student, ctx: Context) -> Student:
         """Return the student with the operators that pay on the target.

@@ -131,5 +131,5 @@ def _context(name: str, setup: Setup, asked: Alone, work: Path, progress: Progre
         teacher_graph=graph,
         lowering=asked.lowering,
         seed=asked.seed,
-        reshape=as_it_is if foreseen is None else foreseen.reshape,
+        reshape=as_it_is if foreseen is None else foreseen.possible(setup.teacher).reshape,
     )

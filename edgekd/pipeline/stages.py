@@ -197,7 +197,7 @@ def _context(track: Track, step: _Step, work: Path) -> Context:
         lowering="fp32" if step.shared else step.lowering,
         seed=track.seed,
         strictness=1.0 if step.shared else step.strictness,
-        reshape=as_it_is if step.operators is None else step.operators.reshape,
+        reshape=as_it_is if step.operators is None else step.operators.possible(track.setup.teacher).reshape,
     )
 
 

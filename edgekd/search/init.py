@@ -30,6 +30,7 @@ from edgekd.tasks import Processor
 if TYPE_CHECKING:
     from edgekd.context import Context
 
+SINGLE = "single_label_classification"
 _POOLER = ".pooler."
 
 
@@ -92,7 +93,11 @@ def _with_head(folder: Path, config: Mapping[str, Any], ctx: Context) -> Any:
     from safetensors import SafetensorError
 
     names = _names(ctx.teacher.model.config.id2label)
-    labels = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    kind = ctx.teacher.model.config.problem_type
+    labels = {
+        "num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()},
+        "problem_type": kind,
+    }  # fmt: skip
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(ctx.seed)
         try:
@@ -103,7 +108,7 @@ def _with_head(folder: Path, config: Mapping[str, Any], ctx: Context) -> Any:
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(f"{folder} cannot be loaded as {ctx.task.auto_class}: {error}") from None
         _require_body(model, report, folder)
-        if _own_names(folder) != names:
+        if _own_names(folder) != names or config.get("problem_type") not in (None, SINGLE, kind):
             for module in _head(model):
                 model._init_weights(module)
     return model

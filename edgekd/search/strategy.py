@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from edgekd.arch import Arch
 from edgekd.calibrate.bodies import body_of_student
 from edgekd.devices import is_estimated, unavailable
+from edgekd.families.compact import movable
 from edgekd.files import sha256_json
 from edgekd.search.allocate import Costs, additive, allocate
 from edgekd.search.candidates import Means, Pool
@@ -72,7 +73,7 @@ def _variants(settings: Search, student: Student, ctx: Context) -> list[Variant]
     if settings.variants is not None:
         return settings.variants
     timed = unavailable(ctx.target) is None and not is_estimated(ctx.target)
-    compact = student.family.places is not None and not student.ordered
+    compact = movable(student.model, student.family)[0] and not student.ordered
     fit = ctx.task.kind == "text" and ctx.budget.sequence and settings.finalists > 1 and settings.strategy == "auto"
     return ["padding", "tokens"] if timed and compact and fit else []
 

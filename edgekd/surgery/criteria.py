@@ -99,8 +99,8 @@ def _incoming(student: Student, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """
     family = student.family
     if family.places is not None:
-        qkv = family.qkv(layer) if family.qkv is not None else None
-        values = _row_norms(qkv[2]) if qkv is not None else torch.zeros(0)
+        attention = layer.get_submodule(family.places.attention)
+        values = _row_norms(attention.get_submodule(family.places.qkv[2]))
         return values, _row_norms(layer.get_submodule(family.places.up))
     made = None
     for module in layer.modules():

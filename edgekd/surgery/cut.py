@@ -33,6 +33,7 @@ def cut(student: Student, arch: Arch, importance: Importance) -> Student:
     """
     position = {layer.source: i for i, layer in enumerate(student.arch.layers)}
     _check(student.arch, arch, position)
+    _check_dropped(student, arch)
     _check_widths(student, arch, importance)
     model = copy.deepcopy(student.model)
     family = student.family
@@ -103,6 +104,15 @@ def _check(have: Arch, want: Arch, position: dict[int, int]) -> None:
     sources = [layer.source for layer in want.layers]
     if sources != sorted(set(sources)) or not sources:
         raise ModelError(f"the plan must keep at least one layer, each once and in order, not {sources}")
+
+
+def _check_dropped(student: Student, want: Arch) -> None:
+    kept = {layer.source for layer in want.layers}
+    for index, layer in enumerate(student.arch.layers):
+        if layer.source not in kept and not student.family.droppable(student.model, index):
+            raise ModelError(
+                f"layer {layer.source} changes the size of what it passes on and cannot be left out: keep it"
+            )
 
 
 def _check_widths(student: Student, want: Arch, importance: Importance) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from edgekd.arch import Arch
 from edgekd.errors import ModelError
@@ -125,6 +126,36 @@ def test_non_uniform_shapes_survive_save_and_load(make_model, kind, tmp_path):
     assert again.arch == shape == again.plan
     assert again.quantization == {"lowering": "int8_dynamic"}
     assert torch.equal(logits(again, kind), logits(small, kind))
+
+
+def test_a_block_that_changes_sizes_cannot_be_left_out(make_model):
+    student = load(make_model, "resnet")
+    fixed = [i for i in range(len(student.arch.layers)) if not student.family.droppable(student.model, i)]
+    for index in fixed:
+        kept = tuple(layer for i, layer in enumerate(student.arch.layers) if i != index)
+        with pytest.raises(ModelError, match=f"layer {index} .* cannot be left out"):
+            cut(student, replace(student.arch, layers=kept), ranked(student))
+    assert fixed
+
+
+def test_heads_that_transformers_pruned_are_not_pruned_again(make_model, tmp_path):
+    folder = tmp_path / "pruned"
+    model = AutoModelForSequenceClassification.from_pretrained(make_model("bert"))
+    model.bert.config.pruned_heads = {1: [0], 2: [1, 2]}
+    for index, heads in model.bert.config.pruned_heads.items():
+        model.bert.encoder.layer[index].attention.prune_heads(set(heads))
+    model.save_pretrained(folder)
+    for file in make_model("bert").glob("*"):
+        if not (folder / file.name).exists():
+            (folder / file.name).write_bytes(file.read_bytes())
+    student = load_student(folder, auto_class=auto_class("bert"))
+    assert [layer.heads for layer in student.arch.layers] == [4, 3, 2]
+    shape = replace(student.arch, layers=(student.arch.layers[0], student.arch.layers[2]))
+    small = cut(student, shape, ranked(student))
+    small.save(tmp_path / "small")
+    again = load_student(tmp_path / "small", auto_class=auto_class("bert"))
+    assert again.arch == shape
+    assert torch.equal(logits(again, "bert"), logits(small, "bert"))
 
 
 def test_a_cut_of_a_cut_refers_to_the_teachers_layers(make_model):

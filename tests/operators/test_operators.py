@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from edgekd.arch import Arch, Layer
 from edgekd.context import Budget, Context, Silent
 from edgekd.errors import RecipeError, StageError
+from edgekd.families import arch_of
 from edgekd.families.compact import ACTIVATIONS as KNOWN_ACTIVATIONS
 from edgekd.families.compact import NORMS as KNOWN_NORMS
 from edgekd.families.compact_norm import Affine
@@ -45,6 +47,23 @@ def shares_of(shape: Arch) -> list[int]:
 @pytest.fixture
 def student(make_model):
     return load_student(make_model("bert"), auto_class="AutoModelForSequenceClassification")
+
+
+def test_what_a_model_cannot_have_is_not_foreseen(make_model, student):
+    asked = Operators(tokens=[8, 4], share=1)
+    assert asked.possible(student) == asked
+    resnet = load_student(make_model("resnet"), auto_class="AutoModelForImageClassification")
+    assert asked.possible(resnet) == Operators(first_token=False)
+    relative = copy.deepcopy(student)
+    for layer in relative.model.bert.encoder.layer:
+        layer.attention.self.position_embedding_type = "relative_key"
+    assert asked.possible(relative) == Operators(first_token=False)
+    config = DeiTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4
+    )
+    model = DeiTForImageClassificationWithTeacher(config)
+    both = replace(student, model=model, arch=arch_of(model, (0, 1)))
+    assert asked.possible(both) == Operators(first_token=False, share=1)
 
 
 @pytest.fixture

@@ -126,6 +126,8 @@ def test_students_with_other_operators_are_scored_by_activation(setup, ctx):
     small = Prune(neurons=16).run(shared, ctx)
     assert {layer.neurons for layer in small.arch.layers} == {16}
     assert ctx.notes["criterion"].startswith("activation")
+    by_size = Prune(neurons=16, heads=2, criterion="magnitude").run(shared, ctx)
+    assert {(layer.heads, layer.neurons) for layer in by_size.arch.layers} == {(2, 16)}
 
 
 def test_an_ordered_student_is_sliced_and_nothing_else(setup, ctx):

@@ -120,6 +120,16 @@ def test_a_head_of_the_same_classes_is_kept_and_one_of_others_is_not(ctx, small)
         assert student.model.config.id2label == names
 
 
+def test_a_checkpoint_that_was_trained_otherwise_becomes_a_classifier(ctx, small, tmp_path):
+    names = {0: "negative", 1: "positive"}
+    folder = small("other", t.BertForSequenceClassification, id2label=names, problem_type="regression")
+    student = candidates([folder], ctx)[0]
+    assert student.model.config.problem_type == ctx.teacher.model.config.problem_type
+    assert student.model.classifier.bias.abs().max() == 0
+    own = t.BertForSequenceClassification.from_pretrained(folder)
+    assert not torch.equal(student.model.classifier.weight, own.classifier.weight)
+
+
 def test_a_head_of_the_usual_two_classes_is_kept_too(ctx, small):
     """Transformers leaves their names out of config.json."""
     usual = {0: "LABEL_0", 1: "LABEL_1"}
