@@ -66,7 +66,7 @@ class Family:
 
     Where the embedder and the first stage share one stream, both are cut. None: impossible.
     """
-    channel_sources: Callable[[nn.Module, int], list[nn.Conv2d]] = lambda model, index: []
+    channel_sources: Callable[[nn.Module, int], list[nn.Module]] = lambda model, index: []
     """The convolutions that write a stage's residual stream, `(model, index into channels)`."""
     norms: Callable[[nn.Module], list[str]] = lambda layer: []
     """Paths, from a layer, of its normalizations over the residual stream."""

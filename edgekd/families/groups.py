@@ -62,7 +62,8 @@ def keep_channels(model: nn.Module, shared: list[Member], keep: torch.Tensor) ->
             put(model, path, batch_norm(module, keep) if isinstance(module, nn.BatchNorm2d) else columns(module, keep))
 
 
-def sources(model: nn.Module, shared: list[Member]) -> list[nn.Conv2d]:
-    """The convolutions that write the channels of a group."""
-    written = (model.get_submodule(path) for path, writes in shared if writes)
-    return [module for module in written if isinstance(module, nn.Conv2d)]
+def sources(model: nn.Module, shared: list[Member]) -> list[nn.Module]:
+    """The norms through which the channels of a group are written; the convolutions, where there are none."""
+    modules = [(model.get_submodule(path), writes) for path, writes in shared]
+    norms: list[nn.Module] = [module for module, _ in modules if isinstance(module, nn.BatchNorm2d)]
+    return norms or [module for module, writes in modules if writes and isinstance(module, nn.Conv2d)]

@@ -88,7 +88,7 @@ def _slice_channels(model: Any, index: int, keep: torch.Tensor) -> None:
     groups.keep_channels(model, _members(model, index), keep)
 
 
-def _channel_sources(model: Any, index: int) -> list[nn.Conv2d]:
+def _channel_sources(model: Any, index: int) -> list[nn.Module]:
     return groups.sources(model, _members(model, index))
 
 

@@ -25,7 +25,7 @@ def cut(student: Student, arch: Arch, importance: Importance) -> Student:
         arch: the shape wanted; `source` of its layers refers to the sources of the student's own layers. Its operators
             are installed too, its `vocabulary` is not looked at.
         importance: scores of the student's layers; `hidden` is needed for a narrower residual stream only. Stages of a
-            convolutional net are narrowed by the weights that write them (see `channel_scores`).
+            convolutional net are narrowed by what is written to them (see `channel_scores`).
 
     Raises:
         ModelError: `arch` asks for a layer the student does not have, for more of anything than it has, or for widths
@@ -55,10 +55,21 @@ def cut(student: Student, arch: Arch, importance: Importance) -> Student:
     return replace(student, model=model, arch=arch_of(model, sources), plan=None)
 
 
-def channel_scores(sources: Sequence[nn.Conv2d]) -> torch.Tensor:
-    """L2 norm `[C]` of all weights that write each channel, over the convolutions `sources` of one stage."""
-    squares = [module.weight.detach().float().flatten(1).square().sum(dim=1) for module in sources]
+def channel_scores(sources: Sequence[Any]) -> torch.Tensor:
+    """How much is written to each channel `[C]`, over the modules `sources` of one stage.
+
+    A BatchNorm undoes the size of the weights before it, so its own scale and shift count, `sqrt(γ² + β²)`; the L2 norm
+    of its weights for a convolution that none follows.
+    """
+    squares = [_written(module) for module in sources]
     return torch.stack(squares).sum(dim=0).sqrt()
+
+
+def _written(module: nn.Conv2d | nn.BatchNorm2d) -> torch.Tensor:
+    weight = module.weight.detach().float()
+    if isinstance(module, nn.BatchNorm2d):
+        return weight.square() + module.bias.detach().float().square()
+    return weight.flatten(1).square().sum(dim=1)
 
 
 def _shared_scores(scores: list[torch.Tensor], arch: Arch) -> list[torch.Tensor]:

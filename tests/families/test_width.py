@@ -149,6 +149,25 @@ def test_narrow_stages_equal_masked_ones(make_model, kind, index):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", RESNETS)
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_the_size_of_weights_before_a_norm_has_no_say_in_which_channels_stay(make_model, kind, factor):
+    student = load(make_model, kind)
+    keep = torch.arange(20)
+    _silence_stage(student.model, 2, keep)
+    told = logits(student, kind)
+    block = student.model.base_model.encoder.stages[1].layers[-1].layer[-1]
+    scale = torch.where(torch.arange(32) < 20, factor, 1.0)
+    block.convolution.weight *= scale[:, None, None, None]
+    block.normalization.running_mean *= scale
+    block.normalization.running_var *= scale**2
+    block.normalization.eps = 0.0
+    assert (logits(student, kind) - told).abs().max() < 1e-3
+    small = cut(student, replace(student.arch, channels=(8, 16, 20), hidden=20), ranked(student))
+    assert (logits(small, kind) - logits(student, kind)).abs().max() < 1e-5
+
+
+@torch.no_grad()
 def _silence_stage(model: nn.Module, index: int, keep: torch.Tensor) -> None:
     if index == 0:
         norms = [model.base_model.embedder.embedder.normalization]
