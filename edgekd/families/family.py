@@ -67,7 +67,12 @@ class Family:
     Where the embedder and the first stage share one stream, both are cut. None: impossible.
     """
     channel_sources: Callable[[nn.Module, int], list[nn.Module]] = lambda model, index: []
-    """The convolutions that write a stage's residual stream, `(model, index into channels)`."""
+    """The norms (or convolutions, without any) that write a stage's residual stream, `(model, index into channels)`."""
+    align: Callable[[nn.Module, torch.Tensor], None] = lambda layer, keep: None
+    """`(layer, neurons to keep [n])`: moves the best of inner channels that are no neurons to the same places.
+
+    In place; the layer computes what it did.
+    """
     norms: Callable[[nn.Module], list[str]] = lambda layer: []
     """Paths, from a layer, of its normalizations over the residual stream."""
     reads_first: Callable[[nn.Module], bool] = lambda model: False

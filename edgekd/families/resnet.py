@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from edgekd.families import groups
 from edgekd.families.family import Family
 from edgekd.families.linear import batch_norm, convolution
 
+BOTTLENECK = 3
+"""Convolutions of a block with two groups of inner channels."""
 SIDE = 32
 """Pixels of the square image with which channels are followed through the net."""
 
@@ -46,6 +49,30 @@ def _slice_neurons(layer: Any, keep: torch.Tensor) -> None:
         block.convolution = convolution(block.convolution, out=None if last else keep, into=None if i == 0 else keep)
         if not last:
             block.normalization = batch_norm(block.normalization, keep)
+
+
+@torch.no_grad()
+def _align(layer: Any, keep: torch.Tensor) -> None:
+    """Put the best channels between the first two convolutions of a bottleneck to the places `keep`.
+
+    Those channels are others than those between the last two, which `keep` was chosen by. They are scored by the second
+    moment that BatchNorm and ReLU leave, if what they norm is normal, times the weights that read them.
+    """
+    if len(layer.layer) != BOTTLENECK:
+        return
+    first, second = layer.layer[0], layer.layer[1]
+    scale, shift = first.normalization.weight.abs().double(), first.normalization.bias.double()
+    ratio = shift / scale.clamp_min(1e-12)
+    density = (-(ratio**2) / 2).exp() / math.sqrt(2 * math.pi)
+    power = (scale**2 + shift**2) * torch.special.ndtr(ratio) + scale * shift * density
+    read = second.convolution.weight[keep].double().square().sum((0, 2, 3))
+    ranked = (power * read).argsort(descending=True, stable=True)
+    order, others = torch.empty_like(ranked), torch.ones(len(ranked), dtype=torch.bool)
+    others[keep] = False
+    order[keep], order[others] = ranked[: len(keep)], ranked[len(keep) :]
+    first.convolution = convolution(first.convolution, out=order, into=None)
+    first.normalization = batch_norm(first.normalization, order)
+    second.convolution = convolution(second.convolution, out=None, into=order)
 
 
 def _neurons(layer: Any) -> int:
@@ -102,6 +129,7 @@ RESNET = Family(
     neurons=_neurons,
     slice_heads=_no_heads,
     slice_neurons=_slice_neurons,
+    align=_align,
     head_input=lambda layer: None,
     neuron_input=_neuron_input,
     qkv=None,

@@ -31,7 +31,9 @@ def rewire(student: Student, importance: Importance) -> Student:
     for index, module in enumerate(family.layers(model)):
         if student.arch.layers[index].heads:
             family.slice_heads(module, _falling(importance.heads[index]), student.arch.head_dim)
-        family.slice_neurons(module, _falling(importance.neurons[index]))
+        order = _falling(importance.neurons[index])
+        family.align(module, order)
+        family.slice_neurons(module, order)
     sources = tuple(layer.source for layer in student.arch.layers)
     return replace(student, model=model.eval(), arch=arch_of(model, sources), ordered=True)
 

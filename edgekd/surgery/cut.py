@@ -45,7 +45,10 @@ def cut(student: Student, arch: Arch, importance: Importance) -> Student:
         if shape.heads < have.heads:
             family.slice_heads(layer, top(heads, shape.heads), student.arch.head_dim)
         if shape.neurons < have.neurons:
-            family.slice_neurons(layer, top(importance.neurons[index], shape.neurons))
+            keep = top(importance.neurons[index], shape.neurons)
+            if not student.ordered:
+                family.align(layer, keep)
+            family.slice_neurons(layer, keep)
     if arch.channels:
         _cut_channels(model, family, arch.channels)
     elif arch.hidden < student.arch.hidden and family.slice_hidden is not None and importance.hidden is not None:

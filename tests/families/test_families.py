@@ -12,6 +12,7 @@ from edgekd.errors import ModelError
 from edgekd.families import FAMILIES
 from edgekd.student import Student, load_student
 from edgekd.surgery import Importance, cut
+from edgekd.surgery.importance import top
 
 TEXT = ["bert", "roberta", "xlm-roberta", "electra", "electra-wide", "distilbert"]
 IMAGE = ["vit", "deit", "resnet", "resnet-bottleneck"]
@@ -103,6 +104,7 @@ def _mask(student: Student, shape: Arch, scores: Importance) -> None:
         dropped = torch.argsort(scores.neurons[i], descending=True, stable=True)[shape.layers[i].neurons :]
         convolutions = getattr(layer, "layer", None)
         if convolutions is not None:
+            family.align(layer, top(scores.neurons[i], shape.layers[i].neurons))
             for block in list(convolutions)[1:]:
                 block.convolution.weight.data[:, dropped] = 0
             continue
@@ -126,6 +128,23 @@ def test_non_uniform_shapes_survive_save_and_load(make_model, kind, tmp_path):
     assert again.arch == shape == again.plan
     assert again.quantization == {"lowering": "int8_dynamic"}
     assert torch.equal(logits(again, kind), logits(small, kind))
+
+
+@torch.no_grad()
+def test_both_groups_of_a_bottleneck_keep_what_counts(make_model):
+    """Half of each group is dead, and not the same half."""
+    student = load(make_model, "resnet-bottleneck")
+    scores, shape = [], []
+    for layer, own in zip(student.family.layers(student.model), student.arch.layers, strict=True):
+        half = own.neurons // 2
+        for block, dead in ((layer.layer[0], slice(0, half)), (layer.layer[1], slice(half, None))):
+            block.normalization.weight[dead] = 0
+            block.normalization.bias[dead] = 0
+        scores.append((torch.arange(own.neurons) < half).float())
+        shape.append(replace(own, neurons=own.neurons - half))
+    importance = replace(ranked(student), neurons=tuple(scores))
+    small = cut(student, replace(student.arch, layers=tuple(shape)), importance)
+    assert (logits(small, "resnet-bottleneck") - logits(student, "resnet-bottleneck")).abs().max() < 1e-5
 
 
 def test_a_block_that_changes_sizes_cannot_be_left_out(make_model):
