@@ -36,7 +36,8 @@ def dynamic(graph: Any, scratch: Path, *, kept: Collection[str] = (), table_bits
         target,
         weight_type=QuantType.QInt8,
         per_channel=True,
-        nodes_to_exclude=[*kept, *tables],
+        # A Gemm becomes a MatMul of this name before names are looked at.
+        nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept), *tables],
         extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
     )
     made = onnx.load(target)

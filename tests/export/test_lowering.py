@@ -209,7 +209,10 @@ def test_a_range_without_zero_is_widened_and_an_empty_one_is_harmless() -> None:
 @pytest.mark.parametrize("form", [*DYNAMIC, *STATIC])
 def test_layers_to_keep_stay_float_and_no_others(exported, form: str, tmp_path: Path) -> None:
     student, file = exported("bert")
-    wanted = ("bert.encoder.layer.1.attention.self.key", "bert.encoder.layer.2", "bert.embeddings.word_embeddings")
+    wanted = (
+        "bert.encoder.layer.1.attention.self.key", "bert.encoder.layer.2", "bert.embeddings.word_embeddings",
+        "bert.pooler",
+    )  # fmt: skip
     ranges = calibrate(file, [feeds_of(file)]) if form in STATIC else None
     graph = onnx.load(
         lower(file, tmp_path / "x.onnx", form, ranges=ranges, keep_float=wanted, model_type=model_type(student))
