@@ -18,18 +18,30 @@ def page() -> str:
 
 
 def _command(name: str) -> list[str]:
-    command = main.get_command(click.Context(main), name)
+    context = click.Context(main)
+    command = main.get_command(context, name)
     if command is None:
         raise LookupError(name)
-    arguments = [param.human_readable_name for param in command.params if isinstance(param, click.Argument)]
-    lines = [f"## `edgekd {' '.join([name, *arguments])}`", "", _plain(command.help or ""), ""]
+    lines = _section(command, name, "##")
+    if isinstance(command, click.Group):
+        for each in command.list_commands(context):
+            if (part := command.get_command(context, each)) is not None:
+                lines += _section(part, f"{name} {each}", "###")
+    return lines
+
+
+def _section(command: click.Command, name: str, level: str) -> list[str]:
+    pieces = [piece for piece in command.collect_usage_pieces(click.Context(command)) if piece != "[OPTIONS]"]
+    lines = [f"{level} `edgekd {' '.join([name, *pieces])}`", "", _plain(command.help or ""), ""]
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    if not options:
+        return lines
     lines += ["| option | meaning |", "|---|---|"]
-    for param in command.params:
-        if isinstance(param, click.Option):
-            names = ", ".join(f"`{spelling}`" for spelling in [*param.opts, *param.secondary_opts])
-            default = param.default
-            shown = f" [default: {default}]" if param.show_default and default not in (None, False, ()) else ""
-            lines.append(f"| {names} | {(param.help or '').replace('|', chr(92) + '|')}{shown} |")
+    for param in options:
+        names = ", ".join(f"`{spelling}`" for spelling in [*param.opts, *param.secondary_opts])
+        default = param.default
+        shown = f" [default: {default}]" if param.show_default and default not in (None, False, ()) else ""
+        lines.append(f"| {names} | {(param.help or '').replace('|', chr(92) + '|')}{shown} |")
     return [*lines, ""]
 
 
