@@ -39,7 +39,8 @@ class Student:
 
     `plan` is the shape that search chose and prune has not cut yet; `quantization` is how export lowers the graph.
     `sparsity` is what `edgekd.families.zeros` promises of zeros in the weights.
-    `ordered`: the heads and neurons of each layer are sorted, so that every prefix is a good sub-network.
+    `ordered`: the heads and neurons of each layer are sorted, so that every prefix is a good sub-network; `trained`
+    says down to which share of the `heads` and `neurons` and how many `layers`.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class Student:
     quantization: dict[str, Any] | None = None
     sparsity: dict[str, Any] | None = None
     ordered: bool = False
+    trained: dict[str, Any] | None = None
 
     @property
     def family(self) -> Family:
@@ -72,6 +74,8 @@ class Student:
             section["sparsity"] = self.sparsity
         if self.ordered:
             section["ordered"] = True
+        if self.trained is not None:
+            section["trained"] = self.trained
         if self.arch.vocabulary:
             self.model.config.vocab_size = self.arch.vocabulary
         setattr(self.model.config, SECTION, section)
@@ -121,6 +125,7 @@ def load_student(source: str | Path, *, auto_class: str) -> Student:
         quantization=section.get("quantization"),
         sparsity=section.get("sparsity"),
         ordered=bool(section.get("ordered", False)),
+        trained=section.get("trained"),
     )
 
 

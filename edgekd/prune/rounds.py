@@ -35,7 +35,7 @@ def prune(settings: Prune, student: Student, ctx: Context) -> Student:
     ctx.notes["shape"] = plan.describe()
     if student.ordered:
         ctx.notes["reconstruct"] = "no: the student is ordered, its prefix was trained as it is"
-        return replace(cut(student, plan, measure_importance(student, ())), plan=None, ordered=False)
+        return replace(cut(student, plan, measure_importance(student, ())), plan=None, ordered=False, trained=None)
     batches = sample_batches(ctx.train, settings.samples, seed=ctx.seed)
     rounds: list[dict[str, Any]] = []
     shapes = [plan]

@@ -29,8 +29,7 @@ NEAR = 0.92
 class Means:
     """What a pool works with: the space and its steps, the proxy, predictions, and importance.
 
-    `lengths` are the tokens of one example. `subsets` gives the layers to keep for a depth, where only some subsets
-    were trained; without it they are found by the score. `evolve` looks for shapes under a limit, from some to
+    `lengths` are the tokens of one example. `evolve` looks for shapes under a limit, from some to
     start with; `allocate` gives the shape for some kept layers (None: any) under a limit, None where it cannot.
     """
 
@@ -40,7 +39,6 @@ class Means:
     predict: Predict
     importance: Importance
     lengths: Lengths = field(default_factory=Lengths)
-    subsets: Callable[[int], tuple[int, ...]] | None = None
     evolve: Callable[[float, Sequence[Arch]], list[Candidate]] = lambda limit, starts: []
     allocate: Callable[[Sequence[int] | None, float], Arch | None] = lambda kept, limit: None
 
@@ -118,41 +116,49 @@ class Pool:
         return [*reversed(self.settings.variants or ()), ""]
 
     def fitted(self, shape: Arch, limit: float, avoid: Sequence[Arch] = ()) -> Arch | None:
-        """The best shape near another one, with the same layers, that uses up a limit; finer steps where needed."""
+        """The best shape near another one, with the same layers, that uses up a limit; finer steps where needed.
+
+        Where nothing but shapes to avoid is under the limit: None; where nothing is at all, the narrowest.
+        """
         space, steps = self.means.space, self.means.steps
         while True:
-            found = [
-                self.candidate(near, "fitted") for near in self._near(shape, limit, space, steps) if near not in avoid
-            ]
+            near = list(self._near(shape, limit, space, steps, avoid))
+            found = [self.candidate(each, "fitted") for each in near if each not in avoid]
             close = [candidate for candidate in found if candidate.predicted_ms >= NEAR * limit]
             finer = self._finer(steps)
             if close or finer == steps:
                 break
             steps = finer
             space = Space.of(
-                space.arch, space.droppable, steps, min_layers=space.min_layers, hidden=space.hidden, order=space.order
+                space.arch,
+                space.droppable,
+                steps,
+                min_layers=space.min_layers,
+                hidden=space.hidden,
+                order=space.order,
+                depths=space.depths,
             )
         if close:
             return min(close, key=lambda candidate: candidate.proxy).arch
         if found:
             return max(found, key=lambda candidate: candidate.predicted_ms).arch
         least = replace(shape, layers=tuple(steps.smallest(layer) for layer in shape.layers))
-        return least if least not in avoid else None
+        return least if not near and least not in avoid else None
 
     def _finer(self, steps: Steps) -> Steps:
         """Half of the steps, where the recipe does not state them."""
         heads = max(steps.heads // 2, 1) if self.settings.head_step is None else steps.heads
         finest = min(steps.neurons, FINEST)
         neurons = max(steps.neurons // 2, finest) if self.settings.neuron_step is None else steps.neurons
-        return Steps(heads, neurons)
+        return replace(steps, heads=heads, neurons=neurons)
 
     def _even_steps(self) -> Steps:
         """The steps of shapes with equal layers: fine ones, as coarse ones leave a narrow model hardly any choice."""
         heads = 1 if self.settings.head_step is None else self.means.steps.heads
         neurons = min(self.means.steps.neurons, EVEN) if self.settings.neuron_step is None else self.means.steps.neurons
-        return Steps(heads, neurons)
+        return replace(self.means.steps, heads=heads, neurons=neurons)
 
-    def _near(self, shape: Arch, limit: float, space: Space, steps: Steps) -> Iterator[Arch]:
+    def _near(self, shape: Arch, limit: float, space: Space, steps: Steps, avoid: Sequence[Arch]) -> Iterator[Arch]:
         name, means = variant_of(shape), self.means
         full = with_hidden(space.arch, shape.hidden)
         sources = {layer.source for layer in shape.layers}
@@ -163,8 +169,9 @@ class Pool:
 
         even = uniform_widths(full, kept, limit, predict, self._even_steps(), whole_last=has_whole_last(shape, full))
         options = [even]
+        known = even is not None and vary(name, even, means.lengths) in avoid
         # Before training, the proxy would always turn equal layers into unequal ones.
-        if even is None or not is_even(shape) or predict(even) < NEAR * limit:
+        if even is None or known or not _is_regular(shape, full) or predict(even) < NEAR * limit:
             options += [
                 stepped(plain(shape), limit, predict, space, means.importance),
                 importance_widths(full, kept, limit, predict, steps, means.importance),
@@ -223,19 +230,18 @@ class Pool:
 
     def _layers(self, limit: float) -> list[tuple[int, ...]]:
         """Layers to keep at every depth that is of use under the lowest limit asked for so far."""
-        space, subsets = self.means.space, self.means.subsets
-        depth = fewest = len(space.arch.layers)
+        space = self.means.space
+        fewest = len(space.arch.layers)
         while (
             fewest > space.min_layers and self.means.predict(with_layers(space.arch, range(fewest))) > limit * SHALLOW
         ):
             fewest -= 1
         if fewest < self._fewest:
             self._fewest = fewest
-            if subsets is None:
-                self._chain = depth_chain(space.arch, space.droppable, self.means.score, fewest=fewest)
+            if space.depths:
+                self._chain = [kept for kept in reversed(space.depths) if len(kept) >= fewest]
             else:
-                least = max(fewest, space.droppable.count(False))
-                self._chain = [subsets(count) for count in range(depth, least - 1, -1)]
+                self._chain = depth_chain(space.arch, space.droppable, self.means.score, fewest=fewest)
         return self._chain
 
 
@@ -246,6 +252,13 @@ def _first(candidates: Sequence[Candidate], name: str) -> Candidate | None:
 def is_even(arch: Arch) -> bool:
     """Whether all layers but the last have the same heads and neurons."""
     return len({(layer.heads, layer.neurons) for layer in arch.layers[:-1]}) <= 1
+
+
+def _is_regular(arch: Arch, full: Arch) -> bool:
+    """Whether the layers are equal, or all but a last one that is as wide as in the full shape."""
+    last, other = arch.layers[-1], arch.layers[0]
+    same = (last.heads, last.neurons) == (other.heads, other.neurons)
+    return is_even(arch) and (same or has_whole_last(arch, full))
 
 
 def has_whole_last(arch: Arch, full: Arch) -> bool:

@@ -133,6 +133,6 @@ def _smaller(layer: Layer, losses: Losses, steps: Steps) -> list[tuple[Layer, fl
 
 
 def _share(layer: Layer, share: float, steps: Steps) -> Layer:
-    heads = max(round(layer.heads * share / steps.heads) * steps.heads, min(layer.heads, 1))
-    neurons = max(round(layer.neurons * share / steps.neurons) * steps.neurons, min(steps.neurons, layer.neurons))
+    heads = max(round(layer.heads * share / steps.heads) * steps.heads, steps.least_heads(layer))
+    neurons = max(round(layer.neurons * share / steps.neurons) * steps.neurons, steps.least_neurons(layer))
     return replace(layer, heads=min(heads, layer.heads), neurons=min(neurons, layer.neurons))

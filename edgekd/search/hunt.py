@@ -21,6 +21,8 @@ Kind = tuple[tuple[int, ...], int, str]
 
 CLOSE = 0.93
 """A measured shape that uses at least this share of the budget is not worth enlarging."""
+ENOUGH = 0.8
+"""Shapes with the chosen layers that use less than this share of what the largest one uses are passed over."""
 
 
 class Hunt:
@@ -170,19 +172,20 @@ class Hunt:
         return plan if plan in self.measured and self.fits(plan) else self.settle(plan)
 
     def settle(self, plan: Arch) -> Arch:
-        """The largest measured shape within the budget, with the layers of `plan` where there is one.
+        """The largest measured shape within the budget, with the layers of `plan` where one uses enough of it.
 
-        If none is, `plan` where it was corrected after the last check, else the one that is nearest.
+        If none is within, `plan` where it was corrected after the last check, else the one that is nearest.
 
         Raises:
             BudgetError: that is the smallest shape.
         """
         if not self.measured:
             return plan
-        for known in (self.alike(plan), list(self.measured)):
-            within = [shape for shape in known if self.measured[shape] <= self.ctx.strictness]
-            if within:
-                return max(within, key=lambda shape: self.measured[shape])
+        within = {shape: used for shape, used in self.measured.items() if used <= self.ctx.strictness}
+        if within:
+            most = max(within.values())
+            alike = [shape for shape in self.alike(plan) if within.get(shape, 0.0) >= ENOUGH * most]
+            return max(alike or within, key=lambda shape: within[shape])
         if plan not in self.measured:
             return plan
         nearest = min(self.measured, key=lambda shape: self.measured[shape])

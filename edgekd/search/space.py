@@ -34,23 +34,36 @@ def replace_layer(arch: Arch, position: int, layer: Layer) -> Arch:
 
 @dataclass(frozen=True)
 class Steps:
-    """The sizes in which heads and neurons are cut."""
+    """The sizes in which heads and neurons are cut, and the least of both by `source`, where that is more than one."""
 
     heads: int
     neurons: int
+    least: tuple[tuple[int, int], ...] = ()
+
+    def least_heads(self, layer: Layer) -> int:
+        """One head, where there are any, or as many as must stay."""
+        return min(layer.heads, max(self._least(layer)[0], 1))
+
+    def least_neurons(self, layer: Layer) -> int:
+        """One step of neurons, or as many as must stay, rounded up to a step."""
+        least = -(-self._least(layer)[1] // self.neurons) * self.neurons
+        return min(layer.neurons, max(least, self.neurons))
+
+    def _least(self, layer: Layer) -> tuple[int, int]:
+        return self.least[layer.source] if layer.source < len(self.least) else (0, 0)
 
     def fewer_heads(self, layer: Layer) -> int:
-        """Heads after one step, at least one where there are any."""
-        return max(layer.heads - self.heads, min(layer.heads, 1))
+        """Heads after one step."""
+        return max(layer.heads - self.heads, self.least_heads(layer))
 
     def fewer_neurons(self, layer: Layer) -> int:
-        """Neurons after one step, on a multiple of the step, at least one step."""
+        """Neurons after one step, on a multiple of the step."""
         multiple = (layer.neurons - 1) // self.neurons * self.neurons
-        return max(multiple, min(self.neurons, layer.neurons))
+        return max(multiple, self.least_neurons(layer))
 
     def smallest(self, layer: Layer) -> Layer:
-        """The layer with one head, where it has any, and one step of neurons."""
-        return replace(layer, heads=min(layer.heads, 1), neurons=min(layer.neurons, self.neurons))
+        """The layer as narrow as it may be."""
+        return replace(layer, heads=self.least_heads(layer), neurons=self.least_neurons(layer))
 
     def head_counts(self, layer: Layer) -> tuple[int, ...]:
         """All numbers of heads that the layer may have, ascending."""
@@ -79,7 +92,8 @@ class Space:
 
     `droppable` says which of its layers may go, `heads` and `neurons` which widths each may have, `hidden` which
     widths the residual stream may have (all ascending). `order` are the positions of the layers, the most important
-    first: they are put back where too few are kept.
+    first: they are put back where too few are kept. `depths` are the positions of the layers to keep for each depth,
+    fewest first, where other subsets are of no use (else empty).
     """
 
     arch: Arch
@@ -89,6 +103,7 @@ class Space:
     hidden: tuple[int, ...]
     order: tuple[int, ...]
     min_layers: int = 1
+    depths: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(
@@ -100,6 +115,7 @@ class Space:
         min_layers: int = 1,
         hidden: Sequence[int] = (),
         order: Sequence[int] | None = None,
+        depths: Sequence[Sequence[int]] = (),
     ) -> Space:
         """The space of a teacher's shape with widths in these steps; `hidden` without entries leaves that as it is."""
         return cls(
@@ -110,11 +126,14 @@ class Space:
             hidden=tuple(sorted({*hidden, arch.hidden})),
             order=tuple(order if order is not None else range(len(arch.layers))),
             min_layers=min_layers,
+            depths=tuple(tuple(kept) for kept in depths if len(kept) >= min_layers),
         )
 
     @property
     def size(self) -> int:
         """How many shapes there are."""
+        if self.depths:
+            return len(self.hidden) * sum(math.prod(self._widths(i) for i in kept) for kept in self.depths)
         fixed, by_depth = 1, [1]
         for drop, heads, neurons in zip(self.droppable, self.heads, self.neurons, strict=True):
             widths = len(heads) * len(neurons)
@@ -125,29 +144,39 @@ class Space:
         least = max(self.min_layers - self.droppable.count(False), 0 if False in self.droppable else 1)
         return len(self.hidden) * fixed * sum(by_depth[least:])
 
-    def shapes(self) -> Iterator[Arch]:
-        """Every shape once."""
+    def _widths(self, i: int) -> int:
+        return len(self.heads[i]) * len(self.neurons[i])
+
+    def _kept(self) -> Iterator[Sequence[int]]:
+        """The positions of every choice of layers, fewest first."""
+        if self.depths:
+            yield from self.depths
+            return
         count = len(self.arch.layers)
         fixed = [i for i in range(count) if not self.droppable[i]]
         spare = [i for i in range(count) if self.droppable[i]]
         least = max(self.min_layers - len(fixed), 0 if fixed else 1)
         for depth in range(least, len(spare) + 1):
             for chosen in itertools.combinations(spare, depth):
-                kept = sorted([*fixed, *chosen])
-                for hidden in self.hidden:
-                    for widths in itertools.product(*(itertools.product(self.heads[i], self.neurons[i]) for i in kept)):
-                        layers = (
-                            replace(self.arch.layers[i], heads=heads, neurons=neurons)
-                            for i, (heads, neurons) in zip(kept, widths, strict=True)
-                        )
-                        yield with_hidden(replace(self.arch, layers=tuple(layers)), hidden)
+                yield sorted([*fixed, *chosen])
+
+    def shapes(self) -> Iterator[Arch]:
+        """Every shape once."""
+        for kept in self._kept():
+            for hidden in self.hidden:
+                for widths in itertools.product(*(itertools.product(self.heads[i], self.neurons[i]) for i in kept)):
+                    layers = (
+                        replace(self.arch.layers[i], heads=heads, neurons=neurons)
+                        for i, (heads, neurons) in zip(kept, widths, strict=True)
+                    )
+                    yield with_hidden(replace(self.arch, layers=tuple(layers)), hidden)
 
     def genes(self) -> dict[str, int]:
         """Names of the genes and how many values each has; values count from 0. Genes without a choice are left out."""
-        found = {"hidden": len(self.hidden)}
+        found = {"hidden": len(self.hidden), "depth": len(self.depths)}
         for i, drop in enumerate(self.droppable):
             found |= {
-                f"keep{i}": 2 if drop else 1,
+                f"keep{i}": 2 if drop and not self.depths else 1,
                 f"heads{i}": len(self.heads[i]),
                 f"neurons{i}": len(self.neurons[i]),
             }
@@ -161,6 +190,8 @@ class Space:
             if len(kept) >= min(self.min_layers, count):
                 break
             kept.add(i)
+        if self.depths:
+            kept = set(self.depths[genes.get("depth", len(self.depths) - 1)])
         layers = []
         for i in sorted(kept):
             heads, neurons = self.heads[i], self.neurons[i]
@@ -173,7 +204,8 @@ class Space:
     def encode(self, arch: Arch) -> Genes:
         """The genes of a shape, each width rounded down to one of the space."""
         own = {layer.source: layer for layer in arch.layers}
-        values = {"hidden": _place(self.hidden, arch.hidden)}
+        depth = _place([len(kept) for kept in self.depths], len(arch.layers))
+        values = {"hidden": _place(self.hidden, arch.hidden), "depth": depth}
         for i, full in enumerate(self.arch.layers):
             layer = own.get(full.source)
             values[f"keep{i}"] = int(layer is not None)
@@ -183,12 +215,9 @@ class Space:
 
     def smallest(self) -> Arch:
         """As few layers as allowed, each as narrow as allowed."""
-        fixed = [i for i in range(len(self.arch.layers)) if not self.droppable[i]]
-        spare = [i for i in range(len(self.arch.layers)) if self.droppable[i]]
-        least = max(self.min_layers - len(fixed), 0 if fixed else 1)
         layers = (
             replace(self.arch.layers[i], heads=self.heads[i][0], neurons=self.neurons[i][0])
-            for i in sorted(fixed + spare[:least])
+            for i in next(iter(self._kept()))
         )
         return with_hidden(replace(self.arch, layers=tuple(layers)), self.hidden[0])
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from edgekd.arch import Arch
 from edgekd.calibrate.bodies import body_of_student
 from edgekd.devices import is_estimated, unavailable
+from edgekd.errors import RecipeError
 from edgekd.families.compact import movable
 from edgekd.files import sha256_json
 from edgekd.search.allocate import Costs, additive, allocate
@@ -46,7 +47,13 @@ def choose(settings: Search, student: Student, ctx: Context) -> Student:
 
     Raises:
         BudgetError: even the smallest shape misses the budget; the message has the nearest point.
+        RecipeError: layers of the student share attention.
     """
+    if any(layer.shares for layer in student.arch.layers):
+        raise RecipeError(
+            "search: layers of this model share attention already, so that not every choice of layers and heads is "
+            "possible; begin with the model it was made from"
+        )
     if not ctx.budget.asks_latency:
         ctx.notes["reason"] = "the budget does not limit the latency; the full shape is kept"
         return replace(student, plan=student.arch)
@@ -82,13 +89,16 @@ def _means(
     settings: Search, student: Student, ctx: Context, reference: Reference, predict: Predictor, evidence: ProxyContext
 ) -> Means:
     cells = [cell for _, cell in reference.table.mix(reference.frame).cells]
-    steps = choose_steps(cells, student.arch, settings.head_step, settings.neuron_step)
+    steps = replace(choose_steps(cells, student.arch, settings.head_step, settings.neuron_step), least=_least(student))
     ctx.notes["steps"] = {"heads": steps.heads, "neurons": steps.neurons}
     importance = evidence.importance
     order = sorted(range(len(student.arch.layers)), key=lambda i: -float(importance.layers[i]))
+    droppable, trained = droppable_layers(student), (student.trained or {}).get("layers", 1)
+    fewest, count = max(droppable.count(False), trained, 1), len(droppable)
     space = Space.of(
-        student.arch, droppable_layers(student), steps,
-        min_layers=settings.min_layers, hidden=() if student.ordered else reference.hidden, order=order,
+        student.arch, droppable, steps,
+        min_layers=max(settings.min_layers, trained), hidden=() if student.ordered else reference.hidden, order=order,
+        depths=[kept_layers(droppable, keep) for keep in range(fewest, count + 1)] if student.ordered else (),
     )  # fmt: skip
     score = PROXIES[settings.proxy](evidence)
     ctx.progress.say(f"search: {space.size:.3g} shapes, heads in steps of {steps.heads}, neurons of {steps.neurons}")
@@ -110,9 +120,20 @@ def _means(
     return Means(
         space=space, steps=steps, score=score, predict=predict, importance=importance, evolve=evolved,
         lengths=Lengths.of(ctx.budget.sequence, ctx.train.lengths),
-        subsets=partial(kept_layers, space.droppable) if student.ordered else None,
         allocate=_allocator(student, evidence, steps, predict),
     )  # fmt: skip
+
+
+def _least(student: Student) -> tuple[tuple[int, int], ...]:
+    """The fewest heads and neurons by layer that a supernet has trained; empty for other students."""
+    if not student.trained:
+        return ()
+    heads, neurons = float(student.trained["heads"]), float(student.trained["neurons"])
+    own = {layer.source: layer for layer in student.arch.layers}
+    found = [(0, 0)] * (max(own) + 1)
+    for source, layer in own.items():
+        found[source] = (math.ceil(heads * layer.heads), math.ceil(neurons * layer.neurons))
+    return tuple(found)
 
 
 def _allocator(

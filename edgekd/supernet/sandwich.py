@@ -95,7 +95,8 @@ def train_supernet(settings: Supernet, student: Student, ctx: Context) -> Studen
     figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     ctx.progress.say(f"supernet: {ctx.task.metric} on validation, untrained any further: {figures}")
     teacher.cpu()
-    return replace(student, model=student.model.cpu().eval())
+    bounds = {"layers": space.fewest, "heads": settings.heads, "neurons": settings.neurons}
+    return replace(student, model=student.model.cpu().eval(), trained=bounds)
 
 
 def space_of(settings: Supernet, student: Student) -> Space:

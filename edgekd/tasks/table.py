@@ -41,7 +41,8 @@ def infer_task(config: Mapping[str, Any]) -> str:
         )
     architectures = list(config.get("architectures") or [])
     for task in TASKS.values():
-        if any(str(name).endswith(task.architecture) for name in architectures):
+        # A distilled DeiT has a second head, and its class another ending.
+        if any(str(name).removesuffix("WithTeacher").endswith(task.architecture) for name in architectures):
             return task.name
     got = f"names {', '.join(architectures)}" if architectures else "names no architecture"
     endings = ", ".join(f"…{task.architecture}" for task in TASKS.values())

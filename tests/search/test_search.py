@@ -366,6 +366,13 @@ def test_a_compiled_target_is_searched_by_estimates(context, monkeypatch):
     assert 2.0 <= clock.cost(context.teacher.arch) / clock.cost(plan) < 2.0 / 0.85
 
 
+def test_a_model_whose_layers_share_attention_is_refused(context):
+    own = context.teacher
+    shared = replace(own.arch, layers=(own.arch.layers[0], *(replace(x, shares=True) for x in own.arch.layers[1:])))
+    with pytest.raises(RecipeError, match="share attention already"):
+        Search().run(replace(own, arch=shared), context)
+
+
 def test_without_a_latency_budget_the_full_shape_is_kept(context):
     ctx = replace(context, budget=Budget(size_mb=1))
     assert Search().run(ctx.teacher, ctx).plan == ctx.teacher.arch

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,8 +76,8 @@ def space_of(steps: Steps = COARSE, **options: object) -> Space:
     return Space.of(ARCH, [True] * 3, steps, **options)
 
 
-def pool_of(settings: Search, limit_of=cost, score=harm, steps: Steps = COARSE, **means: object) -> Pool:
-    space = Space.of(ARCH, [True] * 3, steps, min_layers=settings.min_layers, order=(0, 2, 1))
+def pool_of(settings: Search, limit_of=cost, score=harm, steps: Steps = COARSE, depths=(), **means: object) -> Pool:
+    space = Space.of(ARCH, [True] * 3, steps, min_layers=settings.min_layers, order=(0, 2, 1), depths=depths)
     return Pool(settings, Means(space=space, steps=steps, score=score, predict=limit_of, importance=even(), **means))
 
 
@@ -204,6 +204,28 @@ def test_a_shape_is_brought_to_a_limit_in_finer_steps_if_need_be(limit):
     assert [layer.source for layer in found.layers] == [0, 2]
     assert 0.92 * limit <= cost(found) <= limit
     assert pool.fitted(start, limit, avoid=[found]) != found
+
+
+def test_what_was_measured_already_does_not_lead_to_the_narrowest_shape():
+    pool, limit = pool_of(Search(), steps=Steps(2, 64)), 1.1
+    start = replace(ARCH, layers=tuple(replace(x, heads=2, neurons=64) for x in ARCH.layers))
+    seen = []
+    while (found := pool.fitted(start, limit, avoid=seen)) is not None:
+        assert cost(found) >= 0.7 * limit
+        seen.append(found)
+    assert len(seen) >= 2
+    narrow = pool.fitted(start, 0.01)
+    assert all((layer.heads, layer.neurons) == (1, 4) for layer in narrow.layers)
+
+
+def test_layers_that_use_little_of_the_budget_are_not_settled_for(tmp_path):
+    hunt, _ = hunt_of(cost, 1.0, tmp_path)
+    shallow = replace(ARCH, layers=ARCH.layers[:1])
+    for used, chosen in ((0.4, ARCH), (0.75, shallow)):
+        hunt.measured = {ARCH: 0.88, shallow: used}
+        assert hunt.settle(shallow) == chosen
+    hunt.measured = {ARCH: 1.2, shallow: math.inf}
+    assert hunt.settle(ARCH) == ARCH
 
 
 def test_steps_go_both_ways():
@@ -543,17 +565,28 @@ def test_shallower_layers_are_proposed_when_the_limit_falls():
     assert 1 in depths[1]
 
 
-def test_a_supernet_s_shapes_keep_the_layers_that_were_trained():
-    settings, droppable = Search(strategy="greedy", finalists=0), (True, True, True)
-    limit = cost(ARCH) * 0.4
-    bound = pool_of(settings, subsets=partial(kept_layers, droppable))
-    kept, free = (
-        {tuple(layer.source for layer in found.arch.layers) for found in pool.under(limit)}
-        for pool in (bound, pool_of(settings))
-    )
-    assert kept
-    assert kept <= {kept_layers(droppable, depth) for depth in (1, 2, 3)}
-    assert kept != free
+def test_a_supernet_s_shapes_are_those_that_were_trained():
+    droppable, limit = (True, True, True), cost(ARCH) * 0.5
+    depths = [kept_layers(droppable, keep) for keep in (2, 3)]
+    bounded = Steps(1, 16, least=((2, 40), (1, 16), (3, 64)))
+    for strategy in ("greedy", "exhaustive"):
+        settings = Search(strategy=strategy, finalists=0, exhaustive_limit=10**6)
+        pool = pool_of(settings, steps=bounded, depths=depths)
+        shapes = [found.arch for found in pool.under(limit)]
+        shapes += [pool.fitted(shape, limit) for shape in shapes[:5]]
+        assert {tuple(layer.source for layer in shape.layers) for shape in shapes} <= set(depths)
+        assert all(
+            layer.heads >= bounded.least[layer.source][0] and layer.neurons >= bounded.least[layer.source][1]
+            for shape in shapes
+            for layer in shape.layers
+        )
+        free = pool_of(settings, steps=Steps(1, 16))
+        assert {tuple(layer.source for layer in found.arch.layers) for found in free.under(limit)} - set(depths)
+    space = Space.of(ARCH, droppable, Steps(2, 64), depths=depths)
+    shapes = list(space.shapes())
+    assert len(shapes) == len(set(shapes)) == space.size
+    assert min(shapes, key=cost) == space.smallest()
+    assert all(space.decode(space.encode(shape)) == shape for shape in shapes)
 
 
 def test_savings_of_heads_and_neurons_are_told_apart():

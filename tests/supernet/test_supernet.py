@@ -206,6 +206,7 @@ def test_an_ordered_student_is_saved_and_loaded(context: Any, tmp_path: Path) ->
     trained.save(tmp_path / "saved")
     again = load_student(tmp_path / "saved", auto_class=ctx.task.auto_class)
     assert again.ordered
+    assert again.trained == trained.trained == {"layers": 2, "heads": 0.25, "neurons": 0.125}
     assert again.arch == trained.arch
     assert torch.equal(_outputs(again.model, ctx), _outputs(trained.model, ctx))
     assert torch.equal(measure_importance(again, []).neurons[0], torch.arange(64, 0, -1, dtype=torch.float32))

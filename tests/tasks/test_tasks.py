@@ -94,6 +94,7 @@ def test_the_score_is_the_share_of_hits(task):
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 def test_a_task_is_inferred_from_the_architecture(task):
     assert infer_task({"architectures": [f"Some{task.architecture}"]}) == task.name
+    assert infer_task({"architectures": [f"Some{task.architecture}WithTeacher"]}) == task.name
     assert get_task(task.name) is task
     import transformers
 
