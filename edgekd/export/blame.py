@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-TOLERANCE_DB = {"fp32": 60.0, "fp16": 30.0, "int8": 10.0, "int4": 6.0}
+TOLERANCE_DB = {"fp32": 60.0, "fp16": 30.0, "bf16": 25.0, "int8": 10.0, "int4": 6.0}
 """Least signal-to-noise ratio of a tensor by precision. Sound int8 graphs stay at 15 to 40 dB, float ones over 90."""
 EXAMPLES = 8
 

@@ -21,7 +21,7 @@ from edgekd.export.fusions import cheapen_gelu, fuse, keep_residuals_apart
 from edgekd.export.half import store_half, to_half
 from edgekd.export.lean import lean, lean_integer
 from edgekd.export.matmul_nbits import pack_linears
-from edgekd.export.names import kept_nodes, spans_by_node, trained_ranges
+from edgekd.export.names import kept_nodes, operand_ranges, spans_by_node, trained_ranges
 from edgekd.export.nbits import WEIGHT_ONLY, Grid, grid_of_form
 from edgekd.export.onnx import quiet_export, save_checked
 from edgekd.export.packed import pack_projections
@@ -82,6 +82,7 @@ def lower(
     *,
     ranges: Ranges | None = None,
     activations: Ranges | None = None,
+    attention: Ranges | None = None,
     keep_float: Collection[str] = (),
     table_bits: int = 8,
     model_type: str = "",
@@ -98,6 +99,7 @@ def lower(
         lowering: a name of `LOWERINGS`.
         ranges: activation ranges of `calibrate`, for the lowerings of `CALIBRATED`.
         activations: trained ranges of the inputs of linear layers and convolutions, by module; they win over `ranges`.
+        attention: trained ranges of what attention multiplies, by `module:operand`, for the `_qdq` forms; they win too.
         keep_float: modules whose products stay float in any int8 or int4 form but `int16_qdq`, with all that
             is within them.
         table_bits: of tables of embeddings in dynamic, static and weight-only forms: 8, 4, or 0, which is float32.
@@ -122,8 +124,11 @@ def lower(
         raise RecipeError(f"{lowering} needs activation ranges; run the quantize stage first")
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch, quiet_export():
         graph = onnx.load(source)
+        trained = trained_ranges(graph, activations or {})
+        if lowering not in STATIC:
+            trained |= operand_ranges(graph, attention or {}, ranges or {})
         wishes = Wishes(
-            ranges={**(ranges or {}), **(trained := trained_ranges(graph, activations or {}))},
+            ranges={**(ranges or {}), **trained},
             trained=trained,
             spans=spans_by_node(graph, ranges or {}, activations or {}),
             keep_float=keep_float,

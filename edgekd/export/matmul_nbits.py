@@ -11,6 +11,7 @@ import numpy.typing as npt
 from edgekd.errors import ModelError
 from edgekd.export.names import kept_nodes, multiplied
 from edgekd.export.nbits import LEAST_BLOCK, ROW_BLOCK, Blocks, Grid, Weights, grid_of_module, nearest, read
+from edgekd.export.rewrite import attribute
 
 OPERATOR, DOMAIN = "MatMulNBits", "com.microsoft"
 Bytes = npt.NDArray[np.uint8]
@@ -45,6 +46,14 @@ def _packed_zeros(zeros: npt.NDArray[Any], bits: int) -> Bytes:
     return np.asarray(values[:, 0::2] | values[:, 1::2] << 4, np.uint8)
 
 
+def is_smaller(rows: int, inputs: int, grid: Grid) -> bool:
+    """Whether packed weights `[N, K]` take fewer bytes than float32 ones."""
+    size = block_size(grid, inputs)
+    count = -(-inputs // size)
+    zeros = 0 if grid.symmetric else -(-count * grid.bits // 8)
+    return count * (size * grid.bits // 8 + 4) + zeros < 4 * inputs
+
+
 def unpack(values: Bytes, zeros: Bytes | None, bits: int, inputs: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Unsigned integers `[N, K]` and zero points `[N, n]` out of the operator's bytes."""
     rows, count = values.shape[:2]
@@ -65,6 +74,22 @@ def linears(graph: Any, keep_float: Collection[str] = ()) -> dict[str, Any]:
     return {name: n for name, n in multiplied(graph).items() if n.op_type != "Conv" and n.name not in kept}
 
 
+def packable(graph: Any, grid: Grid) -> dict[str, Any]:
+    """Those of `linears` that get smaller on a grid."""
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.graph.initializer}
+    found = {}
+    for module, node in linears(graph).items():
+        rows, inputs = sizes[node.input[1]] if _is_turned(node) else sizes[node.input[1]][::-1]
+        if is_smaller(rows, inputs, grid_of_module(grid, module)):
+            found[module] = node
+    return found
+
+
+def _is_turned(node: Any) -> bool:
+    """Whether a product has its weights as `[N, K]`, rows are outputs."""
+    return node.op_type == "Gemm" and any(item.name == "transB" and item.i for item in node.attribute)
+
+
 def matrix_of(graph: Any, node: Any) -> Weights:
     """The weights `[N, K]` of a MatMul or Gemm, rows are outputs."""
     from onnx import numpy_helper
@@ -73,8 +98,7 @@ def matrix_of(graph: Any, node: Any) -> Weights:
     if node.input[1] not in tensors:
         raise ModelError(f"the weights of {node.name} are computed in the graph; export the model without that")
     values = np.asarray(numpy_helper.to_array(tensors[node.input[1]]), np.float32)
-    turned = node.op_type == "Gemm" and any(item.name == "transB" and item.i for item in node.attribute)
-    return np.ascontiguousarray(values if turned else values.T)
+    return np.ascontiguousarray(values if _is_turned(node) else values.T)
 
 
 def pack_linears(graph: Any, grid: Grid, keep_float: Collection[str] = (), *, chosen: bool = False) -> Any:
@@ -113,9 +137,9 @@ def replace_linears(graph: Any, layers: Mapping[str, tuple[Blocks, Grid]]) -> An
     for module, (blocks, grid) in layers.items():
         node = nodes[module]
         rows, inputs = blocks.steps.shape
-        values, scales, zeros = pack(blocks, grid)
-        if values.nbytes + scales.nbytes + (0 if zeros is None else zeros.nbytes) >= 4 * rows * inputs:
+        if not is_smaller(rows, inputs, grid):
             continue
+        values, scales, zeros = pack(blocks, grid)
         _replace(graph, node, values, scales, zeros, {"N": rows, "K": inputs}, grid)
         done += 1
     if not done:
@@ -168,27 +192,30 @@ def stored(graph: Any) -> dict[str, tuple[npt.NDArray[Any], Weights, npt.NDArray
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
     found = {}
     for node in (each for each in graph.graph.node if each.op_type == OPERATOR):
-        told = {item.name: item.i for item in node.attribute}
         arrays = [numpy_helper.to_array(tensors[name]) if name in tensors else None for name in node.input[1:4]]
         values, scales, zeros = (*arrays, None)[:3]
         if values is None or scales is None:
             raise ModelError(f"{node.name} has no stored weights")
-        numbers, points = unpack(values, zeros, told["bits"], told["K"])
+        numbers, points = unpack(values, zeros, bits_of(node), attribute(node, "K", 0))
         found[module_of_name(node.name)] = (numbers, scales.reshape(values.shape[:2]), points)
     return found
 
 
 def dequantized(graph: Any) -> dict[str, Weights]:
     """The weights `[N, K]` that every MatMulNBits of a file stands for, by module."""
-    found = {}
+    found, nodes = {}, linears_by_module(graph)
     for module, (numbers, scales, points) in stored(graph).items():
         inputs = numbers.shape[1]
-        node = linears_by_module(graph)[module]
-        size = next(item.i for item in node.attribute if item.name == "block_size")
+        size = attribute(nodes[module], "block_size", 0)
         owner = np.arange(inputs) // size
         steps = numbers.astype(np.int32) - points.astype(np.int32)[:, owner]
         found[module] = np.asarray(steps * scales[:, owner], np.float32)
     return found
+
+
+def bits_of(node: Any) -> int:
+    """The bits of a MatMulNBits."""
+    return int(attribute(node, "bits", 4))
 
 
 def linears_by_module(graph: Any) -> dict[str, Any]:

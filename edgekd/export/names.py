@@ -12,6 +12,8 @@ Ranges = Mapping[str, tuple[float, float]]
 
 MULTIPLIED = ("MatMul", "Gemm", "Conv")
 ATTENTION = "Attention"
+PRODUCTS = (("query", "key"), ("probabilities", "value"))
+"""What the two products of attention multiply."""
 
 
 def module_of(node: Any) -> str:
@@ -104,6 +106,43 @@ def trained_ranges(graph: Any, activations: Ranges) -> dict[str, tuple[float, fl
         before = found.get(tensor, (low, high))
         found[tensor] = (min(float(low), before[0]), max(float(high), before[1]))
     return found
+
+
+def operand_ranges(graph: Any, attention: Ranges, seen: Ranges) -> dict[str, tuple[float, float]]:
+    """Ranges by tensor, of ranges by operand of attention (`module:query`, `key`, `probabilities`, `value`).
+
+    Exporters may multiply query and key by a number before they meet; what comes out of that is ranged alike, by how
+    far `seen`, ranges by tensor, says it is stretched. Products that do not bear their module's name, as in layers that
+    drop tokens, are left out.
+    """
+    constant = constants(graph)
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    owners = {name.rpartition(":")[0] for name in attention}
+    products: dict[str, list[Any]] = {}
+    for node in graph.graph.node:
+        if node.op_type == "MatMul" and not constant & set(node.input):
+            for owner in owners & set(_scopes(module_of(node))):
+                products.setdefault(owner, []).append(node)
+    found: dict[str, tuple[float, float]] = {}
+    for owner, nodes in products.items():
+        # A layer that shares attention has the second product alone.
+        for node, names in zip(nodes, PRODUCTS[-len(nodes) :], strict=False):
+            for tensor, operand in zip(node.input, names, strict=True):
+                if (span := attention.get(f"{owner}:{operand}")) is not None:
+                    maker = makers.get(tensor)
+                    inner = maker.input[0] if maker is not None and maker.op_type == "Mul" else tensor
+                    factor = _stretched(seen.get(inner), seen.get(tensor))
+                    found[inner] = (float(span[0]), float(span[1]))
+                    found[tensor] = (float(span[0]) * factor, float(span[1]) * factor)
+    return found
+
+
+def _stretched(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float:
+    """The positive number that one range is another's multiple by."""
+    if before is None or after is None or before == after:
+        return 1.0
+    width = max(-before[0], before[1])
+    return max(-after[0], after[1]) / width if width > 0 else 1.0
 
 
 def spans_by_node(graph: Any, ranges: Ranges, activations: Ranges) -> dict[str, tuple[float, float]]:

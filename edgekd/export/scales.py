@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.errors import ModelError
 from edgekd.export.factors import factors_of
 from edgekd.export.integer import quantize_weight
 from edgekd.export.layers import Layer, quantized_layers
+from edgekd.export.matmul_nbits import dequantized
+from edgekd.export.nbits import Grid, grid_of_module, nearest, read
 
 Array = npt.NDArray[Any]
 Range = tuple[float, float]
@@ -50,6 +53,11 @@ class ScaleCheck:
     floating: tuple[str, ...]
     absent: tuple[str, ...]
 
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs, and there was something to compare: float layers need no comparison."""
+        return not self.mismatches and bool(self.weights or self.floating or not self.absent)
+
     def describe(self) -> str:
         """What to tell the user, in one line."""
         told = f"{len(self.weights)} weights and {len(self.activations)} activation scales compared"
@@ -70,24 +78,31 @@ class ScaleCheck:
 
 
 def check_scales(
-    graph: Any | Path, weights: Mapping[str, Array], activations: Mapping[str, Range] | None = None
+    graph: Any | Path,
+    weights: Mapping[str, Array],
+    activations: Mapping[str, Range] | None = None,
+    packed: tuple[Grid, bool] | None = None,
 ) -> ScaleCheck:
     """Compare a lowered graph with the snapped weights and the ranges of training.
 
     A weight must have the integers that its channels' largest magnitudes give, a zero point of 0 and that scale; a
     static activation the scale and zero point of its range, in as many bits as the graph has. Activations that the
-    graph quantizes at every run have no scale to compare.
+    graph quantizes at every run have no scale to compare. Weights packed into MatMulNBits must stand for the very
+    numbers that their grid gives.
 
     Args:
-        graph: ModelProto or file of any form with weights of 8 bits.
+        graph: ModelProto or file of any form with integer weights.
         weights: float weight of each linear layer and convolution, `[out, in, …]`, as torch has it, by module.
         activations: trained range of the input of each, by module.
+        packed: the grid of weights in MatMulNBits, and whether the weights are on it already; see `grid_of_form`.
     """
     import onnx
 
     model = onnx.load(str(graph)) if isinstance(graph, Path) else graph
     factors = factors_of(model)
     layers = {layer.module: layer for layer in quantized_layers(model)}
+    stored = dequantized(model) if packed else {}
+    inside = [name for name in weights if name in stored]
     ranges = activations or {}
     seen = [name for name in weights if name in layers]
     integer = [name for name in seen if layers[name].integers is not None]
@@ -101,14 +116,35 @@ def check_scales(
             *(_activation_differs(layers[name], ranges[name]) if name in static else ()),
         )
     ]
+    if packed:
+        found += [each for name in inside for each in _packed_differs(name, stored[name], weights[name], *packed)]
     return ScaleCheck(
-        weights=tuple(integer),
+        weights=(*integer, *inside),
         activations=tuple(static),
         mismatches=tuple(found),
         given=tuple(name for name in scaled if layers[name].is_given),
         floating=tuple(name for name in seen if name not in integer),
-        absent=tuple(name for name in weights if name not in layers),
+        absent=tuple(name for name in weights if name not in layers and name not in stored),
     )
+
+
+def _packed_differs(module: str, found: Array, weight: Array, grid: Grid, chosen: bool) -> Iterator[Mismatch]:
+    own = grid_of_module(grid, module)
+    try:
+        expected = (read(weight, own, module) if chosen else nearest(weight, own)).values()
+    except ModelError as error:
+        yield Mismatch(module=module, what="weights", expected="weights on their grid", found=str(error))
+        return
+    if found.shape != expected.shape:
+        yield Mismatch(
+            module=module, what="weight shape", expected=str(list(expected.shape)), found=str(list(found.shape))
+        )
+    elif len(wrong := np.argwhere(found != expected)):
+        place = tuple(int(index) for index in wrong[0])
+        yield Mismatch(
+            module=module, what=f"packed weights, {len(wrong)} of {found.size}",
+            expected=f"{expected[place]:.6g} at {list(place)}", found=f"{found[place]:.6g}",
+        )  # fmt: skip
 
 
 def _weight_differs(layer: Layer, weight: Array, factor: float) -> Iterator[Mismatch]:

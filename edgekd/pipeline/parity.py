@@ -13,11 +13,13 @@ from edgekd.data import DataSpec, load_evaluation
 from edgekd.errors import DataError, ModelError, StoreError
 from edgekd.export.blame import EXAMPLES, blame
 from edgekd.export.bundle import MANIFEST, read_manifest
+from edgekd.export.matmul_nbits import bits_of, linears_by_module
+from edgekd.export.nbits import WEIGHT_ONLY, Grid, grid_of_form
 from edgekd.export.onnx import export_float
 from edgekd.export.parity import AGREEMENT, compare, onnx_logits, open_session, require_parity, torch_logits
 from edgekd.export.scales import check_scales, weights_of
 from edgekd.pipeline.setup import id2label
-from edgekd.quantize.forms import form_logits
+from edgekd.quantize.forms import form_logits, weights_of_form
 from edgekd.store import MANIFEST as RUN_MANIFEST
 from edgekd.store import MARK as RUN_MARK
 from edgekd.store import STAGE
@@ -73,7 +75,7 @@ def parity(
     if file.suffix != ".onnx":
         return {**told, "scales": None, "blame": None, "said": [], "ok": agree}
     inside = _inside(student, task.name, file, encoded, expected)
-    return {**told, **inside, "ok": agree and not inside["scales"]["mismatches"]}
+    return {**told, **inside, "ok": agree and inside["ok"]}
 
 
 def of_run(run: Path) -> tuple[Path, Path]:
@@ -121,16 +123,26 @@ def _inside(student: Student, task: str, file: Path, encoded: Any, expected: Any
     """What is seen in an ONNX graph itself."""
     ranges = (student.quantization or {}).get("activations") or {}
     spans = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
-    checked = check_scales(file, weights_of(student.model), spans)
+    checked = check_scales(file, weights_of(student.model), spans, _packed(student, file))
     with tempfile.TemporaryDirectory(prefix="edgekd-parity-") as scratch:
         graph = export_float(student, task, Path(scratch) / "float.onnx")
         require_parity(expected, onnx_logits(graph, encoded), "fp32", "the exported float graph")
         found = blame(graph, file, encoded, count=EXAMPLES)
     return {
+        "ok": checked.ok,
         "scales": checked.to_dict(),
         "blame": found.to_dict(),
         "said": [checked.describe(), found.describe()],
     }
+
+
+def _packed(student: Student, file: Path) -> tuple[Grid, bool] | None:
+    """The grid of the weights in the file's MatMulNBits, as the student remembers it; None if it has none."""
+    import onnx
+
+    bits = {bits_of(node) for node in linears_by_module(onnx.load(file, load_external_data=False)).values()}
+    form = next((form for form in WEIGHT_ONLY if WEIGHT_ONLY[form] == min(bits, default=0)), None)
+    return None if form is None else grid_of_form(form, weights_of_form(student, form))
 
 
 def _file(path: Path) -> Path:

@@ -41,8 +41,8 @@ class Quantize(Taught):
 
     Static ranges come from `calibration` examples by `observer`. A form that misses the tolerance gets `fallback`: the
     layers that hurt most (by the KL divergence that each alone costs) stay float until it is met. `smooth` (the alpha
-    of SmoothQuant; 0: off), `rounding: adaptive` (AdaRound) and `bias_correction` change the weights beforehand without
-    labels. `tune` lets neural-compressor choose bits and groups of the weights by the metric.
+    of SmoothQuant; 0: off), `rounding: adaptive` (AdaRound) and `bias_correction` change linear layers beforehand,
+    without labels. `tune` lets neural-compressor choose bits and groups of the weights by the metric.
 
     `weight_bits` 4 keeps the weights in groups of `group` inputs with one scale each (0: 32 of them; with 8 bits the
     whole row); 2 is ternary, which needs training. Tables of embeddings have 8 `table_bits` and a scale for each row,
@@ -51,8 +51,8 @@ class Quantize(Taught):
     rounding.
 
     With `epochs`, `teacher` says who teaches: the run's `teacher`, or the float `student` itself. `freeze_ranges` is
-    the share of the steps after which ranges stand still, `learned` learns the step sizes (LSQ). The others mean
-    what they mean in `Distill`.
+    the share of the steps after which ranges stand still, `learned` learns the step sizes (LSQ): static ranges, which
+    go first then, and the clips of 4-bit weights. The others mean what they mean in `Distill`.
     """
 
     buys: ClassVar[tuple[str, ...]] = ("latency", "size")
@@ -101,6 +101,8 @@ class Quantize(Taught):
     def _contradictions(self) -> Iterator[str]:
         if self.weight_bits == 2 and not self.epochs:
             yield "weight_bits: 2 (ternary) is useless without training; set epochs, or weight_bits: 4"
+        if self.weight_bits == 2 and self.group:
+            yield f"weight_bits: 2 (ternary) has one scale for a matrix; leave out group: {self.group}"
         if self.learned and not self.epochs:
             yield "learned: true learns step sizes in training; set epochs, or leave it out"
         changes = {"smooth": self.smooth, "rounding: adaptive": self.rounding != "nearest", "tune": self.tune}

@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgekd.errors import StageError
 from edgekd.export.blame import explain
 from edgekd.export.lower import NOT_FROM_ONNX, Ranges, precision_of
+from edgekd.export.matmul_nbits import packable
+from edgekd.export.names import multiplied
+from edgekd.export.nbits import WEIGHT_ONLY, grid_of_form
+from edgekd.export.onnx import export_float
 from edgekd.export.parity import Logits, require_parity
-from edgekd.quantize.forms import find_ranges, form_logits, metric_of, needs_examples, sample, write_form, write_tflite
+from edgekd.quantize.forms import (
+    find_ranges,
+    form_logits,
+    metric_of,
+    needs_examples,
+    sample,
+    weights_of_form,
+    write_form,
+    write_tflite,
+)
+from edgekd.quantize.linear import copied, take_back
 from edgekd.quantize.prepare import Sources
 from edgekd.quantize.sensitivity import EXAMPLES, fewest, rank, units
 from edgekd.student import Student
@@ -87,11 +102,9 @@ def rescue(built: Built, sources: Sources, reference: Logits, floor: float) -> B
 
     The sensitivity of all layers goes into the notes.
     """
-    import onnx
-
     ctx = sources.ctx
     own = tuple((built.student.quantization or {}).get("keep_float", ()))
-    parts = [unit for unit in units(onnx.load(built.graph, load_external_data=False)) if not set(unit) & set(own)]
+    parts = [unit for unit in units(_layers(built)) if not set(unit) & set(own)]
     ctx.progress.say(f"quantize: {built.form} misses the tolerance; trying its {len(parts)} layers one by one")
     few = ctx.validation.take(np.arange(min(EXAMPLES, len(ctx.validation)), dtype=np.int64))
 
@@ -112,9 +125,40 @@ def rescue(built: Built, sources: Sources, reference: Logits, floor: float) -> B
     if kept is None:
         ctx.progress.say(f"quantize: {built.form} misses it even with half of its layers in float")
         return None
-    student = _with_float(built.student, built.form, [*own, *kept])
-    file = _write(built, [*own, *kept], ctx.work / f"{built.form}_part.onnx", sources)
-    return replace(best[0], student=student, file=file)
+    return _restored(best[0], [*own, *kept], sources, reference, floor)
+
+
+def _layers(built: Built) -> dict[str, Any]:
+    """The layers of a form that rounding may hurt, by module with their nodes."""
+    import onnx
+
+    graph = onnx.load(built.graph, load_external_data=False)
+    if built.form not in WEIGHT_ONLY:
+        return multiplied(graph)
+    grid, _ = grid_of_form(built.form, weights_of_form(built.student, built.form))
+    return packable(graph, grid)
+
+
+def _restored(built: Built, kept: Sequence[str], sources: Sources, reference: Logits, floor: float) -> Built:
+    """The form with these modules in float; what was done to them beforehand, for the rounding, is undone.
+
+    Should that make it worse than `floor`, they stay as the form was judged.
+    """
+    ctx, original = sources.ctx, sources.smoothed
+    student = _with_float(built.student, built.form, kept)
+    output = ctx.work / f"{built.form}_part.onnx"
+    if student.model is not original.model:
+        undone = copied(student)
+        take_back(undone.model, original.model, kept)
+        graph = export_float(undone, ctx.task.name, ctx.work / f"{built.form}_part-source.onnx")
+        other = replace(built, student=undone, graph=graph, file=output)
+        _write(other, kept, output, sources)
+        other = _judged(
+            replace(other, logits=form_logits(output, ctx.validation), problem=""), sources, reference, strict=False
+        )
+        if other.is_good(floor):
+            return other
+    return replace(built, student=student, file=_write(built, kept, output, sources))
 
 
 def _write(built: Built, kept: Sequence[str], output: Path, sources: Sources) -> Path:

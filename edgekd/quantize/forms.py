@@ -14,7 +14,7 @@ from edgekd.export.nbits import WEIGHT_ONLY
 from edgekd.export.operators import check_operators
 from edgekd.export.parity import Logits, onnx_logits
 from edgekd.export.tflite import export_tflite, tflite_logits
-from edgekd.quantize.observers import find
+from edgekd.quantize.observers import WEIGHING, find
 from edgekd.student import Student
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from edgekd.target import Target
     from edgekd.tasks import Encoded, Task
 
+TERNARY = 2
+"""`weight_bits` that any form holds exactly, symmetric and with one scale for a row."""
 EXAMPLES = 128
 """Training examples that ranges are calibrated on, unless quantize says otherwise."""
 
@@ -45,9 +47,13 @@ def sample(examples: Encoded, count: int, *, seed: int) -> Encoded:
 def find_ranges(graph: Path, form: str, examples: Encoded, *, observer: str = "minmax") -> Ranges:
     """Ranges of the activations of a float graph over all examples, one at a time and unpadded.
 
+    Observers that weigh what is cut off against steps of 8 bits have nothing to weigh with 16: extremes count there.
+
     Raises:
         DataError: an example has values that are not finite.
     """
+    if form == "int16_qdq" and observer in WEIGHING:
+        observer = "minmax"
     return find(graph, feeds_of(examples), observer, operators_to_calibrate(form))
 
 
@@ -100,22 +106,30 @@ def _remembered(student: Student, form: str) -> dict[str, Any]:
     """What a student's quantization says of a form; layers stay float only in the form that it was chosen for."""
     own: dict[str, Any] = student.quantization or {}
     told: dict[str, Any] = {}
-    if activations := own.get("activations"):
-        told["activations"] = {name: (low, high) for name, (low, high) in activations.items()}
+    for kind in ("activations", "attention"):
+        if own.get(kind):
+            told[kind] = {name: (low, high) for name, (low, high) in own[kind].items()}
     if own.get("lowering", form) == form and own.get("keep_float"):
         told["keep_float"] = tuple(own["keep_float"])
     if "table_bits" in own:
         told["table_bits"] = own["table_bits"]
     if form in WEIGHT_ONLY:
-        told["weights"] = own.get("weights") or _trained_grid(own.get("scheme") or {}, form)
+        told["weights"] = weights_of_form(student, form)
     return told
 
 
-def _trained_grid(scheme: dict[str, Any], form: str) -> dict[str, Any]:
-    """The grid on which training has put the weights, if it is one of this form's bits."""
-    if scheme.get("weight_bits") != WEIGHT_ONLY[form]:
+def weights_of_form(student: Student, form: str) -> dict[str, Any]:
+    """What a student remembers of the grid of a weight-only form: what a quantizer or training has put weights on."""
+    own = student.quantization or {}
+    return dict(own.get("weights") or trained_grid(own.get("scheme") or {}, form))
+
+
+def trained_grid(scheme: dict[str, Any], form: str) -> dict[str, Any]:
+    """The grid on which training has put the weights, if a form of these bits holds it."""
+    bits = scheme.get("weight_bits")
+    if bits not in (WEIGHT_ONLY[form], TERNARY):
         return {}
-    return {"group": scheme.get("group", 0), "symmetric": True}
+    return {"group": 0 if bits == TERNARY else scheme.get("group", 0), "symmetric": True}
 
 
 def write_tflite(student: Student, task: Task, output: Path, examples: Encoded, budget: Budget) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,14 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def copied(student: Student) -> Student:
     """The same student around a copy of its model, whose weights may be changed."""
     return student.with_model(copy.deepcopy(student.model))
+
+
+@torch.no_grad()
+def take_back(changed: nn.Module, original: nn.Module, modules: Collection[str]) -> None:
+    """Give linear layers of `changed` the weights and biases of `original` again, in place."""
+    for name, new, old in changed_layers(changed, original):
+        if name in modules:
+            new.load_state_dict(old.state_dict())
 
 
 @torch.no_grad()

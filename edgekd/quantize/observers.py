@@ -173,6 +173,8 @@ OBSERVERS: dict[str, Callable[[Seen], Range]] = {
     "mse": mse,
     "entropy": entropy,
 }
+WEIGHING = ("mse", "entropy")
+"""Those that look for the best limits of `LEVELS`."""
 
 
 def _best(seen: Seen, cost: Callable[[Seen, float, float], float]) -> Range:

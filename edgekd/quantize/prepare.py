@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgekd.errors import ModelError, TargetError
 from edgekd.export.lower import precision_of
@@ -16,7 +16,7 @@ from edgekd.export.nbits import NEAREST, WEIGHT_ONLY, Grid, grid_of_form, grid_o
 from edgekd.export.onnx import export_float
 from edgekd.quantize import TABLE_BITS, Quantize, candidates
 from edgekd.quantize.bias import Rounding, as_they_are, correct_biases
-from edgekd.quantize.forms import needs_examples
+from edgekd.quantize.forms import needs_examples, trained_grid
 from edgekd.quantize.linear import Inputs, copied, observe_inputs, rounded
 from edgekd.quantize.rounding import round_adaptively
 from edgekd.quantize.smooth import smooth
@@ -127,9 +127,7 @@ class Sources:
     def _asked(self, form: str) -> dict[str, Any]:
         """What settings, or training, say of the grid."""
         scheme = (self.trained.quantization or {}).get("scheme") or {}
-        if scheme.get("weight_bits") == WEIGHT_ONLY[form]:
-            return {"group": scheme.get("group", 0), "symmetric": True}
-        return {"group": self.settings.group} if self.settings.group else {}
+        return trained_grid(scheme, form) or ({"group": self.settings.group} if self.settings.group else {})
 
     def _corrected(self, student: Student, rounding: Rounding) -> Student:
         if not self.settings.bias_correction:
@@ -174,6 +172,21 @@ def require_float(settings: Quantize, student: Student) -> Student:
         )
     kept = {key: value for key, value in own.items() if key in TRAINED}
     return replace(student, quantization=kept or None)
+
+
+def say_what_is_not_fitted(settings: Quantize, student: Student, ctx: Context) -> None:
+    """Tell of convolutions that settings for linear layers do not reach."""
+    changes = {
+        "smooth": settings.smooth,
+        "rounding: adaptive": settings.rounding != NEAREST,
+        "bias_correction": settings.bias_correction,
+    }
+    count = sum(isinstance(module, nn.Conv2d) for module in student.model.modules())
+    if count and (asked := [name for name, on in changes.items() if on]):
+        ctx.notes["not_fitted"] = count
+        ctx.progress.say(
+            f"quantize: {', '.join(asked)} changes linear layers alone: {count} convolutions stay as they are"
+        )
 
 
 def wanted_forms(settings: Quantize, ctx: Context) -> tuple[str, ...]:

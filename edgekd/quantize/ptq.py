@@ -16,7 +16,7 @@ from edgekd.export.parity import Logits, onnx_logits
 from edgekd.latency.bench import Settings, Subject, measure
 from edgekd.quantize.build import Built, build_form, rescue
 from edgekd.quantize.forms import metric_of, needs_examples
-from edgekd.quantize.prepare import Sources, require_float, wanted_forms
+from edgekd.quantize.prepare import Sources, require_float, say_what_is_not_fitted, wanted_forms
 from edgekd.quantize.tuning import FORMS as TUNED_FORMS
 from edgekd.student import Student
 
@@ -59,6 +59,7 @@ def quantize(settings: Quantize, student: Student, ctx: Context) -> Student:
     settings.require_together()
     student = require_float(settings, student)
     wanted = wanted_forms(settings, ctx)
+    say_what_is_not_fitted(settings, student, ctx)
     graph = export_float(student, ctx.task.name, ctx.work / "float.onnx")
     reference = onnx_logits(graph, ctx.validation)
     float_metric = metric_of(reference, ctx)

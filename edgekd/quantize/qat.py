@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from edgekd.distill.recover import evaluator, fit, require_same_words, without_labels
-from edgekd.errors import DataError
+from edgekd.errors import DataError, RecipeError
 from edgekd.quantize import candidates
 from edgekd.quantize.fake.installed import FakeQuantized, install
 from edgekd.quantize.fake.scheme import Scheme
@@ -55,7 +55,7 @@ def train_quantized(settings: Quantize, student: Student, ctx: Context) -> Stude
     """
     if settings.teacher == "teacher":
         require_same_words(student, ctx)
-    scheme = scheme_of(settings, student, ctx.target)
+    scheme = scheme_of(settings, ctx.target)
     trained, quantized = put_on(settings, student, scheme, ctx)
     before = evaluator(trained.model, ctx, "fp32")()
     outcome = fit(
@@ -81,23 +81,33 @@ def train_quantized(settings: Quantize, student: Student, ctx: Context) -> Stude
 
 def quantize_only(settings: Quantize, student: Student, ctx: Context) -> Student:
     """What `train_quantized` returns with 0 epochs: a copy with calibrated ranges and rounded weights."""
-    quantized_student, quantized = put_on(settings, student, scheme_of(settings, student, ctx.target), ctx)
+    quantized_student, quantized = put_on(settings, student, scheme_of(settings, ctx.target), ctx)
     ctx.notes["untrained_metric"] = evaluator(quantized_student.model, ctx, "fp32")()
     return _stripped(quantized_student, quantized)
 
 
-def scheme_of(settings: Quantize, student: Student, target: Target) -> Scheme:
+def scheme_of(settings: Quantize, target: Target) -> Scheme:
     """What the forms that these settings leave of a target will do to weights and activations.
 
     Dynamic ranges where a form has them, as ranges found later then fit any other form too; else static, or none where
-    all forms keep activations float. Embeddings are rounded where a form does so. Weights of 4 bits have a scale for
-    each channel, as forms that compute with 8-bit integers store them too, but groups where the form is made for them.
+    all forms keep activations float. Where steps are to be learned, static ones come first. Embeddings are rounded
+    where a form does so. Weights of 4 bits have a scale for each channel, as forms that compute with 8-bit integers
+    store them too, but groups where the form is made for them.
+
+    Raises:
+        RecipeError: steps are to be learned, and the scheme has none that could be.
     """
     forms = candidates(settings.lowering, target)
     static = [form for form in forms if needs_examples(form)]
     dynamic = any(form.startswith("int8_dynamic") for form in forms)
-    ranges = settings.activations or ("dynamic" if dynamic else "static" if static else "none")
-    kept = (student.quantization or {}).get("keep_float", ())
+    free = "static" if static and (settings.learned or not dynamic) else "dynamic" if dynamic else "none"
+    ranges = settings.activations or free
+    if settings.learned and ranges != "static" and settings.weight_bits != 4:
+        raise RecipeError(
+            f"quantize: learned: true has nothing to learn on {target.name}: its ranges of activations are {ranges}, "
+            "and only static ranges and the clips of 4-bit weights are learned; leave it out, or choose a form with "
+            "static ranges"
+        )
     return Scheme(
         weight_bits=settings.weight_bits,
         group=settings.group or (GROUP if settings.weight_bits == 4 and "int4_weights" in forms else 0),
@@ -107,7 +117,6 @@ def scheme_of(settings: Quantize, student: Student, target: Target) -> Scheme:
         attention=settings.attention,
         embeddings=settings.embeddings or any(form.startswith(TABLES) for form in forms),
         embedding_bits=settings.table_bits,
-        keep_float=tuple(kept),
     )
 
 

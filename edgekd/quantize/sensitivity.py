@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekd.export.names import multiplied
 from edgekd.export.parity import Logits
 
 Unit = tuple[str, ...]
@@ -33,10 +32,10 @@ class Sensitivity:
         return {"modules": list(self.modules), "kl": self.kl}
 
 
-def units(graph: Any) -> list[Unit]:
-    """The linear layers and convolutions of a graph; those that read the same tensor stay float together or not."""
+def units(nodes: Mapping[str, Any]) -> list[Unit]:
+    """Layers, by module with their nodes, in groups: those that read the same tensor stay float together or not."""
     readers: dict[str, list[str]] = {}
-    for module, node in multiplied(graph).items():
+    for module, node in nodes.items():
         readers.setdefault(node.input[0], []).append(module)
     return [tuple(modules) for modules in readers.values()]
 

@@ -17,6 +17,7 @@ from edgekd.cli import main
 from edgekd.export.bundle import seal
 from edgekd.export.layers import quantized_layers
 from edgekd.export.lower import lower
+from edgekd.export.matmul_nbits import linears_by_module
 from edgekd.export.onnx import export_float
 from edgekd.store import RunFolder
 from edgekd.student import load_student
@@ -48,6 +49,27 @@ def test_a_sound_file_passes_and_its_layers_are_counted(files: tuple[Path, Path]
     assert set(told["metric"]) == {"name", "torch", "artifact"}
     assert told["scales"]["mismatches"] == []
     assert told["blame"]["first"] is None
+
+
+@pytest.mark.parametrize("form", ["int4_weights", "int8_weights"])
+def test_packed_weights_are_compared_too(make_model: Any, text_data: Path, tmp_path: Path, form: str) -> None:
+    folder = make_model("bert")
+    student = load_student(folder, auto_class="AutoModelForSequenceClassification")
+    graph = export_float(student, "text-classification", tmp_path / "float.onnx")
+    file = lower(graph, tmp_path / "packed.onnx", form)
+    done = invoke("parity", folder, file, "--data", text_data, "--count", 12, "--json", "-q")
+    told = json.loads(done.stdout)["scales"]
+    assert told["mismatches"] == []
+    assert KEY in told["weights"]
+    assert told["absent"] == []
+    changed = onnx.load(file)
+    scales = linears_by_module(changed)[KEY].input[2]
+    [tensor] = [tensor for tensor in changed.graph.initializer if tensor.name == scales]
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.01), scales))
+    onnx.save(changed, tmp_path / "changed.onnx")
+    done = invoke("parity", folder, tmp_path / "changed.onnx", "--data", text_data, "--count", 12)
+    assert done.exit_code != 0
+    assert f"{KEY}: packed weights" in done.stdout
 
 
 def test_a_changed_weight_fails_and_is_named(files: tuple[Path, Path], text_data: Path, tmp_path: Path) -> None:

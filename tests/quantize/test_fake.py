@@ -230,6 +230,14 @@ def test_learned_ranges_have_the_gradient_of_lsq() -> None:
     torch.testing.assert_close(scale.grad, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_range_of_nothing_lets_gradients_through() -> None:
+    inputs = torch.tensor([0.3, -0.2, 0.0], requires_grad=True)
+    end = torch.tensor(0.0)
+    quantize_learned(inputs, end, end, symmetric=True).sum().backward()
+    assert inputs.grad is not None
+    assert inputs.grad.tolist() == [1.0, 1.0, 1.0]
+
+
 # On models
 
 

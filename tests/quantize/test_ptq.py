@@ -20,6 +20,7 @@ from edgekd.export.onnx import export_float
 from edgekd.export.parity import onnx_logits, torch_logits
 from edgekd.quantize import Quantize, candidates, prepare
 from edgekd.quantize.bias import as_they_are, correct_biases
+from edgekd.quantize.build import build_form, rescue
 from edgekd.quantize.forms import find_ranges, write_form
 from edgekd.quantize.linear import channel_scales, linear_layers, observe_inputs, rounded
 from edgekd.quantize.observers import OBSERVERS, Seen, find
@@ -31,6 +32,8 @@ from edgekd.quantize.smooth import smooth
 from edgekd.student import load_student
 from edgekd.surgery.sample import sample_batches
 from edgekd.target import load_target, probe
+from edgekd.tasks import TASKS
+from edgekd.tasks.image_classification import EncodedImages
 
 TASK = "text-classification"
 DENSE = "bert.encoder.layer.1.output.dense"
@@ -77,6 +80,7 @@ def test_wrong_settings_are_named(settings, said: str) -> None:
     [
         ({"weight_bits": 2}, "ternary.*set epochs, or weight_bits: 4"),
         ({"learned": True}, "learns step sizes in training; set epochs"),
+        ({"weight_bits": 2, "group": 32, "epochs": 1}, r"one scale for a matrix; leave out group: 32"),
         ({"epochs": 1, "smooth": 0.5, "rounding": "adaptive"}, "smooth, rounding: adaptive would undo"),
         ({"tune": True, "rounding": "adaptive"}, "both choose how weights are rounded"),
     ],
@@ -316,7 +320,7 @@ def test_fitted_weights_ship_and_are_told(lowering, bert, make_context, tmp_path
 
 
 def test_layers_that_read_the_same_tensor_go_together(bert, tmp_path) -> None:
-    found = units(onnx.load(export_float(bert, TASK, tmp_path / "float.onnx")))
+    found = units(multiplied(onnx.load(export_float(bert, TASK, tmp_path / "float.onnx"))))
     assert len(found) == 3 * 4 + 2
     joint = [unit for unit in found if len(unit) > 1]
     assert [name.rsplit(".", 1)[1] for name in joint[0]] == ["query", "key", "value"]
@@ -370,6 +374,72 @@ def test_the_layer_with_the_outlier_is_found_and_stays_float(bert, make_context,
         assert "agrees with the torch model" in str(error)  # noqa: PT017
     else:
         assert plain.notes["candidates"][0]["metric"] < candidate["metric"]
+
+
+@pytest.mark.parametrize("form", ["int4_weights", "int8_weights"])
+def test_only_layers_that_packing_changes_are_tried_in_float(make_model, make_context, form) -> None:
+    vit = load_student(make_model("vit"), auto_class="AutoModelForImageClassification")
+    vit = vit.with_model(copy.deepcopy(vit.model))
+    bad = "vit.encoder.layer.0.intermediate.dense"
+    vit.model.get_submodule(bad).weight.data[:, 0] = 1e4 * torch.rand(len(vit.model.get_submodule(bad).weight))
+    vit.model.vit.encoder.layer[0].layernorm_after.weight.data[0] = 0
+    vit.model.vit.encoder.layer[0].layernorm_after.bias.data[0] = 0
+    vit.model.get_submodule("vit.encoder.layer.0.output.dense").weight.data.mul_(10)
+    data = images(vit)
+    context = replace(make_context(), teacher=vit, task=TASKS["image-classification"], train=data, validation=data)
+    result = Quantize(lowering=form, tolerance=0.02).run(vit, context)
+    tried = [tuple(each["modules"]) for each in context.notes["sensitivity"]]
+    assert tried[0] == (bad,)
+    assert all("projection" not in name for modules in tried for name in modules)
+    assert bad in result.quantization["keep_float"]
+
+
+def images(student, count: int = 48) -> EncodedImages:
+    pixels = np.random.default_rng(0).normal(size=(count, 1, 8, 8)).astype(np.float32)
+    with torch.no_grad():
+        labels = student.model(pixel_values=torch.from_numpy(pixels)).logits.argmax(1).numpy()
+    return EncodedImages(
+        pixels=None, raw=None, store=pixels, table=None, rows=np.arange(count), labels=labels, digests=[b""] * count
+    )
+
+
+def test_layers_that_stay_float_are_as_they_were_before_rounding(bert, make_context) -> None:
+    context = make_context()
+    settings = Quantize(rounding="adaptive", bias_correction=True, calibration=16)
+    graph = export_float(bert, TASK, context.work / "float.onnx")
+    reference = onnx_logits(graph, context.validation)
+    sources = Sources(settings, bert, bert, graph, context, 1.0)
+    built = build_form("int8_dynamic", sources, reference)
+    saved = rescue(built, sources, reference, floor=0.0)
+    kept = saved.student.quantization["keep_float"]
+    assert kept
+    for name, layer in linear_layers(saved.student.model).items():
+        old = bert.model.get_submodule(name)
+        assert (name in kept) == (torch.equal(layer.weight, old.weight) and torch.equal(layer.bias, old.bias)), name
+    again = export_float(saved.student, TASK, context.work / "again.onnx")
+    weights = {t.name: numpy_helper.to_array(t) for t in onnx.load(saved.file).graph.initializer}
+    floats = {t.name: numpy_helper.to_array(t) for t in onnx.load(again).graph.initializer}
+    for node in (multiplied(onnx.load(again))[name] for name in kept):
+        own = floats[node.input[1]]
+        assert any(np.array_equal(each, own) or np.array_equal(each, own.T) for each in weights.values()), node.name
+
+
+def test_observers_of_8_bits_do_not_cut_what_has_16(bert, make_context, tmp_path) -> None:
+    graph = export_float(bert, TASK, tmp_path / "float.onnx")
+    few = make_context().train.take(np.arange(6))
+    plain = find_ranges(graph, "int16_qdq", few)
+    for observer in ("mse", "entropy"):
+        assert find_ranges(graph, "int16_qdq", few, observer=observer) == plain
+    assert find_ranges(graph, "int8_qdq", few, observer="mse") != plain
+
+
+def test_convolutions_that_fitting_does_not_reach_are_told_of(make_model, make_context) -> None:
+    vit = load_student(make_model("vit"), auto_class="AutoModelForImageClassification")
+    data = images(vit)
+    context = replace(make_context(), teacher=vit, task=TASKS["image-classification"], train=data, validation=data)
+    settings = Quantize(lowering="int8_dynamic", bias_correction=True, tolerance=0.9, fallback=False)
+    settings.run(vit, context)
+    assert context.notes["not_fitted"] == 1
 
 
 def test_a_form_without_a_wider_one_is_not_taken_apart(bert, make_context) -> None:

@@ -12,19 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 
 from edgekd.context import Budget, Context, Silent
 from edgekd.distill import Distill
 from edgekd.distill.recover import evaluator
 from edgekd.distill.teachers import fingerprint, predict
 from edgekd.errors import DataError, ModelError, RecipeError
-from edgekd.export.names import trained_ranges
+from edgekd.export.matmul_nbits import dequantized
+from edgekd.export.names import operand_ranges, trained_ranges
 from edgekd.export.onnx import export_float
 from edgekd.export.parity import onnx_logits, torch_logits
 from edgekd.families.compact import install as install_operators
 from edgekd.quantize import Quantize
 from edgekd.quantize.fake.grid import weight_integers
 from edgekd.quantize.fake.installed import FakeQuantized
+from edgekd.quantize.forms import find_ranges, write_form
 from edgekd.quantize.qat import put_on, scheme_of, train_quantized
 from edgekd.student import Student, load_student
 from edgekd.target import Target
@@ -110,7 +113,7 @@ def distance(student: Student, ctx: Context) -> float:
 
 def test_training_wins_back_what_three_values_lose(taught: Context) -> None:
     settings = Quantize(weight_bits=2, epochs=4, losses={"mse": 1, "hidden_mse": 1}, **QUICK)
-    scheme = scheme_of(settings, taught.teacher, CPU)
+    scheme = scheme_of(settings, CPU)
     rounded, quantized = put_on(settings, taught.teacher, scheme, taught)
     quantized.strip()
     # From where the last epoch ends: of equal scores the loop keeps the first.
@@ -147,6 +150,43 @@ def test_what_is_recorded_fits_the_graph_and_comes_back_from_a_folder(taught: Co
     low, high = again.quantization["activations"][name]
     assert np.float32(low) == low
     assert np.float32(high) == high
+
+
+def test_trained_ranges_of_attention_are_those_of_the_graph(taught: Context, tmp_path: Path) -> None:
+    import onnx
+
+    settings = Quantize(activations="static", epochs=1, attention=True, **QUICK)
+    trained = train_quantized(settings, taught.teacher, taught)
+    graph = export_float(trained, "text-classification", tmp_path / "float.onnx")
+    seen = find_ranges(graph, "int8_qdq", taught.train.take(np.arange(6)))
+    attention = {name: (low, high) for name, (low, high) in trained.quantization["attention"].items()}
+    found = operand_ranges(onnx.load(graph), attention, seen)
+    assert len(found) == 3 * (2 + 2 + 1 + 1)  # query and key are ranged before and after their factor
+    for name, (low, high) in found.items():
+        # What was trained on batches lies near what a few of the same examples reach.
+        assert max(-low, high) == pytest.approx(max(-min(seen[name][0], 0), seen[name][1]), rel=0.5), name
+    file = write_form(trained, graph, "int8_qdq", tmp_path / "q.onnx", ranges=seen)
+    tensors = {each.name: numpy_helper.to_array(each) for each in onnx.load(file).graph.initializer}
+    scales = {value.item() for name, value in tensors.items() if name.endswith("_scale") and value.size == 1}
+    name = next(name for name in attention if name.endswith(":value"))
+    low, high = attention[name]
+    assert any(scale == pytest.approx((high - low) / 255, rel=1e-5) for scale in scales)
+
+
+def test_ternary_weights_are_packed_as_they_are(taught: Context, tmp_path: Path) -> None:
+    import onnx
+
+    target = replace(CPU, lowerings=("int4_weights", "fp32"))
+    settings = Quantize(weight_bits=2, epochs=1, lowering="int4_weights", **QUICK)
+    trained = train_quantized(settings, taught.teacher, replace(taught, target=target))
+    graph = export_float(trained, "text-classification", tmp_path / "float.onnx")
+    file = write_form(trained, graph, "int4_weights", tmp_path / "q.onnx")
+    found = dequantized(onnx.load(file))
+    inner = [name for name in found if "layer" in name]
+    assert len(inner) == 18
+    for name in inner:
+        weight = trained.model.get_submodule(name).weight.detach().numpy()
+        np.testing.assert_allclose(found[name], weight, rtol=2**-15, atol=0)
 
 
 class Kill(BaseException):
@@ -201,7 +241,7 @@ def test_weights_that_were_better_before_training_stay(taught: Context) -> None:
     trained = train_quantized(settings, taught.teacher, taught)
     assert taught.notes["training"]["metric"] < taught.notes["untrained_metric"]
     assert metric(trained, taught) == pytest.approx(taught.notes["untrained_metric"], abs=0.03)
-    snapped, quantized = put_on(settings, taught.teacher, scheme_of(settings, taught.teacher, CPU), taught)
+    snapped, quantized = put_on(settings, taught.teacher, scheme_of(settings, CPU), taught)
     quantized.strip()
     assert fingerprint(snapped.model) == fingerprint(trained.model)
 
@@ -287,7 +327,7 @@ class _Images:
 
 def test_schemes_follow_settings_and_target(context: Context) -> None:
     def scheme(target: Target = CPU, **settings: Any) -> Any:
-        return scheme_of(Quantize(**settings), context.teacher, target)
+        return scheme_of(Quantize(**settings), target)
 
     npu = replace(CPU, runtime="qualcomm", lowerings=("int16_qdq",))
     gpu = replace(CPU, lowerings=("int8_qdq", "fp32"), symmetric=True)
@@ -302,8 +342,10 @@ def test_schemes_follow_settings_and_target(context: Context) -> None:
     packed = scheme(replace(CPU, lowerings=("int4_weights", "fp32")), weight_bits=4, epochs=1, lowering="int4_weights")
     assert (packed.group, packed.activations) == (32, "none")
     assert scheme(weight_bits=4, group=64, epochs=1).group == 64
-    kept = replace(context.teacher, quantization={"keep_float": ["classifier"]})
-    assert scheme_of(Quantize(), kept, CPU).keep_float == ("classifier",)
+    assert scheme(learned=True, epochs=1).activations == "static"
+    with pytest.raises(RecipeError, match=r"nothing to learn on .* its ranges of activations are dynamic"):
+        scheme(learned=True, epochs=1, activations="dynamic")
+    assert scheme(learned=True, epochs=1, activations="dynamic", weight_bits=4).activations == "dynamic"
 
 
 def test_a_teacher_with_other_words_is_refused(bert, make_context) -> None:

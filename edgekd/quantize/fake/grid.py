@@ -136,7 +136,7 @@ def quantize_learned(inputs: Tensor, low: Tensor, high: Tensor, *, bits: int = 8
     factor = (inputs.numel() * most) ** -0.5
     low, high = (_scaled_gradient(end, factor) for end in (low.clamp(max=0.0), high.clamp(min=0.0)))
     scale = torch.maximum(-low, high) / most if symmetric else (high - low) / (most - least)
-    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero = torch.zeros_like(scale) if symmetric else _round(-low / scale).clamp(least, most)
     return (_round((inputs / scale + zero).clamp(least, most)) - zero) * scale
 

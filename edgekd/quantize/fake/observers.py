@@ -47,15 +47,16 @@ def mse(values: Tensor, low: Tensor, high: Tensor, *, bits: int, symmetric: bool
 def entropy(values: Tensor, low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The range whose rounded values have a distribution nearest to that of the values, by KL divergence.
 
-    Both ends are drawn in alike. Migacz 2017, "8-bit Inference with TensorRT".
+    Both ends are drawn in alike; with more than 8 bits there is nothing to gain by that. Migacz 2017, "8-bit Inference
+    with TensorRT".
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     width = float(high - low)
-    if width <= 0:
+    if width <= 0 or bits > 8:
         return low, high
     counts = torch.histc(values, BINS, float(low), float(high))
     centres = low + (torch.arange(BINS, device=values.device) + 0.5) * (width / BINS)
-    levels = min(2**bits - 1, 255)
+    levels = 2**bits - 1
     shares = torch.linspace(1.0, LEAST, STEPS).tolist()
     share = min(shares, key=lambda each: _divergence(counts, centres, low * each, high * each, levels))
     return low * share, high * share
