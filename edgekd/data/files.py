@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any, Literal
 
 from edgekd.data.table import Table, from_records
 from edgekd.errors import DataError
+
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 def read_file(path: Path) -> Table:
@@ -130,11 +133,24 @@ def _read_csv(path: Path) -> Table:
 
 def _read_tsv(path: Path) -> Table:
     text = _read_text(path)
+    # Many corpora (GLUE) write tab-separated text with bare quotes in it.
+    if _has_bare_quotes(text):
+        return _parse_csv(path, text, "\t", csv.QUOTE_NONE)
     try:
         return _parse_csv(path, text, "\t", csv.QUOTE_MINIMAL)
     except DataError:
-        # Many corpora (GLUE) write tab-separated text with bare quotes in it.
         return _parse_csv(path, text, "\t", csv.QUOTE_NONE)
+
+
+def _has_bare_quotes(text: str) -> bool:
+    """Whether every line is a whole row as it stands, and some field opens with a quote that it does not close.
+
+    Read as quoted, such a field would swallow all rows up to the next quote without a word.
+    """
+    rows = [line.split("\t") for _, line in _lines(text)]
+    if len({len(row) for row in rows}) != 1:
+        return False
+    return any(field.startswith('"') and not _QUOTED.fullmatch(field) for row in rows for field in row)
 
 
 def _parse_csv(path: Path, text: str, delimiter: str, quoting: Literal[0, 3]) -> Table:

@@ -49,6 +49,9 @@ def load_splits(spec: DataSpec, *, kind: Kind, id2label: Mapping[int, str] | Non
         added = without_repeats(found, {key for split in (train, *held.values()) for key in split.digests})
         notes.append(f"{len(added):,} unlabelled rows added ({len(found) - len(added):,} repeated ones left out)")
         train = join(train, added)
+    if "test" in held and not _has_labels(held["test"]) and _has_labels(held["validation"]):
+        del held["test"]
+        notes.append("the test split has no labels and is left out: results are those on validation")
     train = limited(train, spec.limit, spec.seed)
     return Splits(
         train=train,
@@ -65,6 +68,8 @@ def load_splits(spec: DataSpec, *, kind: Kind, id2label: Mapping[int, str] | Non
 def load_evaluation(spec: DataSpec, *, kind: Kind, id2label: Mapping[int, str] | None) -> tuple[str, Examples, int]:
     """What a model is to be judged on: the test split, else validation, else all there is.
 
+    A split whose labels are all withheld, as those of benchmarks are, is passed over.
+
     Returns:
         The split's name, its examples that have a label, and how many have none.
 
@@ -72,9 +77,12 @@ def load_evaluation(spec: DataSpec, *, kind: Kind, id2label: Mapping[int, str] |
         DataError: as `load_splits`; or there are no labels.
     """
     source = find_source(spec.path, spec.splits)
-    role = next(role for role in ("test", "validation", "train") if role in source)
-    table = source[role]()
-    splits, columns, _, _ = _read({role: table}, spec, kind, id2label)
+    roles = [role for role in ("test", "validation", "train") if role in source]
+    for role in roles:
+        table = source[role]()
+        splits, columns, _, _ = _read({role: table}, spec, kind, id2label)
+        if _has_labels(splits[role]) or "label" not in columns or role == roles[-1]:
+            break
     labelled = _labelled(splits[role], role, columns, tuple(table.columns))
     return role, labelled, len(splits[role]) - len(labelled)
 
@@ -135,6 +143,10 @@ def _read(
             f"the data names its classes {', '.join(order[:5])}, the model {', '.join(names[:5])}: numbers used"
         )
     return splits, columns, rule.names, notes
+
+
+def _has_labels(examples: Examples) -> bool:
+    return examples.labels is not None and bool((examples.labels >= 0).any())
 
 
 def _labelled(examples: Examples, role: str, columns: Mapping[str, str], available: tuple[str, ...]) -> Examples:

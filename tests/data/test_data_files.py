@@ -78,6 +78,13 @@ def test_semicolons_and_bare_quotes_are_understood(tmp_path: Path) -> None:
     assert read_file(tmp_path / "a.tsv").values("text") == ['"open quote', "second"]
 
 
+def test_quotes_that_open_rows_do_not_swallow_the_rows_between_them(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"one said\t1\ntwo\t0\n"three said\t1\nfour\t0\n')
+    assert read_file(tmp_path / "a.tsv").values("text") == ['"one said', "two", '"three said', "four"]
+    (tmp_path / "b.tsv").write_text('text\tlabel\n"a ""b"" c"\t1\n"two\nlines"\t0\n"tab\tinside"\t1\n')
+    assert read_file(tmp_path / "b.tsv").values("text") == ['a "b" c', "two\nlines", "tab\tinside"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

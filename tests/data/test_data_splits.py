@@ -233,6 +233,23 @@ def test_evaluation_takes_the_test_split_or_what_there_is(jsonl, rows, tmp_path)
     jsonl("d/test.jsonl", [{"text": "a", "sort": 1}])
     with pytest.raises(DataError, match=r"the test split has no labels: .*its columns are: text, sort"):
         evaluate(tmp_path / "d")
+    jsonl("d/test.jsonl", [{"text": "a", "label": -1}])
+    assert evaluate(tmp_path / "d")[0] == "validation", "labels that are withheld"
+    jsonl("e/test.jsonl", [{"text": "a", "label": -1}])
+    with pytest.raises(DataError, match="the test split has no labels: column 'label' is empty there"):
+        evaluate(tmp_path / "e")
+
+
+def test_a_test_split_without_labels_does_not_take_the_place_of_a_labelled_one(jsonl, rows, load, tmp_path):
+    jsonl("d/train.jsonl", rows(5))
+    jsonl("d/validation.jsonl", rows(4, 10))
+    jsonl("d/test.jsonl", [{"text": "a", "label": -1}, {"text": "b", "label": -1}])
+    splits = load(tmp_path / "d")
+    assert splits.test is None
+    assert any("the test split has no labels and is left out" in note for note in splits.notes)
+    jsonl("d/validation.jsonl", [{"text": "c", "label": -1}])
+    jsonl("d/train.jsonl", [{"text": "d", "label": -1}])
+    assert len(load(tmp_path / "d").test) == 2, "all are labelled by the teacher then"
 
 
 def test_labels_may_be_missing_from_training_but_not_where_they_are_required(jsonl, rows, load, tmp_path):
