@@ -72,6 +72,8 @@ class Student:
             section["quantization"] = self.quantization
         if self.sparsity is not None:
             section["sparsity"] = self.sparsity
+        if (beside := boost.described(self.model)) is not None:
+            section["boost"] = beside
         if self.ordered:
             section["ordered"] = True
         if self.trained is not None:
@@ -203,12 +205,12 @@ def _build(folder: Path, auto_class: str, section: dict[str, Any]) -> Any:
                         "of this task; train one first with `edgekd finetune`"
                     )
                 return model
-            return _rebuild(folder, auto, Arch.from_dict(section["arch"]), section.get("sparsity") or {})
+            return _rebuild(folder, auto, Arch.from_dict(section["arch"]), section)
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(f"{folder} cannot be loaded as {auto_class}: {error}") from None
 
 
-def _rebuild(folder: Path, auto: Any, arch: Arch, sparsity: dict[str, Any]) -> Any:
+def _rebuild(folder: Path, auto: Any, arch: Arch, section: dict[str, Any]) -> Any:
     """Build the teacher's own shape without values, cut it to the student's, and load the weights."""
     from safetensors.torch import load_file
     from transformers import AutoConfig
@@ -220,8 +222,8 @@ def _rebuild(folder: Path, auto: Any, arch: Arch, sparsity: dict[str, Any]) -> A
     with no_init_weights():
         model = auto.from_config(config, dtype=torch.float32)
     _shape(model, arch)
-    if "boost" in sparsity:
-        boost.install(model, sparsity["boost"]["modules"], sparsity["boost"]["inputs"])
+    # Folders of earlier versions have it beside the zeros.
+    boost.restore(model, section.get("boost") or (section.get("sparsity") or {}).get("boost"))
     missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:

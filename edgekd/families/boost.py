@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,18 @@ class Boosted(nn.Module):
             ModelError: always: the inputs that are summed stand together.
         """
         raise ModelError("a matrix with a boost cannot be made narrower; prune before sparsify")
+
+
+def described(model: nn.Module) -> dict[str, Any] | None:
+    """What `config.json` remembers of the boosts of a model, which `install` takes: None if it has none."""
+    names = {name: module.inputs for name, module in model.named_modules() if isinstance(module, Boosted)}
+    return {"inputs": next(iter(names.values())), "modules": list(names)} if names else None
+
+
+def restore(model: nn.Module, remembered: Mapping[str, Any] | None) -> None:
+    """Install what `described` has said, in place; nothing if that is None."""
+    if remembered is not None:
+        install(model, remembered["modules"], remembered["inputs"])
 
 
 def install(model: nn.Module, names: Sequence[str], inputs: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ from edgekd.context import Budget, Context, Progress, as_it_is
 from edgekd.data import DataSpec
 from edgekd.distill.processes import this_process
 from edgekd.errors import EdgekdError, ModelError
-from edgekd.families.zeros import lost_zeros
 from edgekd.files import explained, publish, require_place, sha256_folder, sha256_json, write_json
 from edgekd.operators import Operators
 from edgekd.pipeline.artifact import build
 from edgekd.pipeline.keys import FORESEES, contents, settings_of
 from edgekd.pipeline.setup import Setup, fitted, prepare
-from edgekd.pipeline.stages import check_promises, plain, take_along
+from edgekd.pipeline.stages import check_promises, plain, take_along, without_lost_promises
 from edgekd.stages import STAGES, Stage
 from edgekd.student import Student, load_student, local_folder
 from edgekd.target import Target
@@ -74,14 +73,6 @@ def run_alone(name: str, stage: Stage, asked: Alone, out: str | Path, progress: 
         _publish(result, record, final, setup, work)
         shutil.rmtree(work)
     return {"out": str(final), **record}
-
-
-def without_lost_promises(result: Student, progress: Progress) -> Student:
-    """What a stage made; zeros that it did not keep are said to be gone, and not promised any more."""
-    if not lost_zeros(result.model, result.sparsity):
-        return result
-    progress.say("the zeros of a sparse model did not live through this stage: it is dense again")
-    return replace(result, sparsity=None)
 
 
 def _require_same_tokens(name: str, own: Setup, setup: Setup, asked: Alone) -> None:

@@ -14,22 +14,20 @@ from typing import Any
 from edgekd.constraints import remarks
 from edgekd.context import Progress, Silent
 from edgekd.devices import unavailable
-from edgekd.errors import BudgetError, EdgekdError, ModelError, StoreError, TargetError
+from edgekd.errors import BudgetError, EdgekdError, ModelError, RecipeError, StoreError, TargetError
 from edgekd.export.bundle import MANIFEST, read_manifest
-from edgekd.files import explained, sha256_json, write_text
-from edgekd.latency.verdict import FAIL, PASS, Verdict
+from edgekd.files import explained, sha256_json, write_json, write_text
+from edgekd.latency.verdict import FAIL, Verdict
 from edgekd.pipeline.baseline import Baseline, baseline
-from edgekd.pipeline.finish import Judged, exit_code, final_artifact, judged, write_bundle
+from edgekd.pipeline.finish import Judged, exit_code, write_bundle
 from edgekd.pipeline.keys import FORMAT, contents
+from edgekd.pipeline.rounds import HEADROOM, ROUND, Made, judge, overshoot, read_round
 from edgekd.pipeline.setup import Setup, fitted, prepare
 from edgekd.pipeline.stages import Track, travel
 from edgekd.recipe import Recipe
 from edgekd.report.html import write_report
 from edgekd.store import CACHE, RunFolder, publish
 from edgekd.target import Target, load_target, probe
-
-HEADROOM = 0.98
-"""After a miss the budget is tightened by the measured error and this much more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +87,11 @@ def _run(run: RunFolder, recipe: Recipe, targets: list[Target], progress: Progre
         max_length=recipe.data.max_length,
         progress=progress,
     )
+    if recipe.budget.min_accuracy is not None and setup.metric == "agreement":
+        raise RecipeError(
+            f"budget.min_accuracy is {recipe.budget.min_accuracy:g}, and the data has no labels to measure it on: give "
+            "labelled validation or test rows, or budget.accuracy_drop, which is then of agreement with the teacher"
+        )
     key = _run_key(recipe, setup, targets)
     if (done := _finished(run, key, targets, progress)) is not None:
         return done
@@ -128,6 +131,7 @@ def _one_target(
     suffix = f"-{target.name}" if len(recipe.targets) > 1 else ""
     whole, setup = setup, fitted(setup, target, recipe.budget)
     strictness, rounds, known = 1.0, list[dict[str, Any]](), dict[str, Any]()
+    made: Made | None = None
     for number in range(1, recipe.max_rounds + 1):
         track = Track(
             run=run,
@@ -144,25 +148,33 @@ def _one_target(
         try:
             travelled = travel(track, recipe.stages, strictness=strictness)
         except (BudgetError, ModelError, TargetError) as error:
-            if not rounds and not isinstance(error, BudgetError):
+            if made is None and not isinstance(error, BudgetError):
                 raise
-            if not rounds:
+            if made is None:
                 return _Outcome(target, None, None, None, Verdict(target.name, FAIL, str(error)))
             rounds.append({"round": number, "strictness": strictness, "status": FAIL, "reason": str(error)})
             progress.say(f"round {number}: {error}; what the round before made stays")
             break
-        progress.say("export and measure the artifact")
         work = run.begin(run.stage(len(recipe.stages) + 1, "bundle" + track.suffix, travelled.key))
-        artifact = final_artifact(travelled.student, setup, target, recipe.budget, work)
-        judgement = judged(artifact, travelled.student, setup, base, target, recipe.budget, work)
-        verdict = judgement.verdict
-        progress.say(f"{target.name}: {verdict.status}: {verdict.reason}")
-        rounds.append({"round": number, "strictness": strictness, **verdict.to_dict()})
-        overshoot = _overshoot(judgement, recipe)
-        if verdict.status == PASS or "search" not in recipe.stages or overshoot is None or number == recipe.max_rounds:
-            break
-        strictness *= HEADROOM / max(overshoot, 1.0)
+        may_go_on = "search" in recipe.stages and number < recipe.max_rounds
+        if may_go_on and (before := read_round(work / ROUND)) is not None:
+            # Measured again, the next round would have another key, and what a killed run has of it would be lost.
+            made, strictness = Made(travelled, work, None), before["strictness"]
+            rounds.append(before["round"])
+            progress.say(f"round {number}: measured before: {before['round']['reason']}")
+        else:
+            judgement = judge(travelled, setup, base, target, recipe.budget, work, progress)
+            made = Made(travelled, work, judgement)
+            rounds.append({"round": number, "strictness": strictness, **judgement.verdict.to_dict()})
+            over = overshoot(judgement, recipe.budget)
+            if over is None or not may_go_on:
+                break
+            strictness *= HEADROOM / max(over, 1.0)
+            write_json(work / ROUND, {"round": rounds[-1], "strictness": strictness})
         progress.say(f"round {number + 1}: the budget is tightened to {strictness:.1%} inside")
+    assert made is not None
+    travelled, work = made.travelled, made.work
+    judgement = made.judgement or judge(travelled, setup, base, target, recipe.budget, work, progress)
     draft = work / "bundle"
     manifest = write_bundle(
         draft,
@@ -178,17 +190,7 @@ def _one_target(
     )
     final = run.path / f"bundle{suffix}"
     publish(draft, final, marker=MANIFEST)
-    return _Outcome(target, final, manifest, judgement, verdict)
-
-
-def _overshoot(judgement: Judged, recipe: Recipe) -> float | None:
-    """Measured over asked latency; None where the budget asks for none (another round could not help)."""
-    measurement, budget = judgement.measurement, recipe.budget
-    if budget.speedup is not None and measurement.speedup:
-        return budget.speedup / measurement.speedup
-    if budget.latency_p95_ms is not None and measurement.p95_ms:
-        return measurement.p95_ms / budget.latency_p95_ms
-    return None
+    return _Outcome(target, final, manifest, judgement, judgement.verdict)
 
 
 def _finish(run: RunFolder, recipe: Recipe, key: str, outcomes: list[_Outcome], progress: Progress) -> Result:

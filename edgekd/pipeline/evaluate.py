@@ -15,7 +15,8 @@ from edgekd.tasks import get_task
 def evaluate(bundle: str | Path, spec: DataSpec, *, max_length: int | None = None) -> dict[str, Any]:
     """Run the bundle's artifact over the test split (else validation, else all there is), one example at a time.
 
-    Where its shapes are fixed, longer texts are cut to its sequence length, as they would be on the device.
+    Texts are cut to `max_length`, by default as in the run that made the bundle; where its shapes are fixed, to its
+    sequence length, as they would be on the device.
 
     Returns:
         `metric`, `split`, `value`, `ci95` (Wilson) and `n`; `unlabelled`, if some do not count for want of a label.
@@ -29,6 +30,7 @@ def evaluate(bundle: str | Path, spec: DataSpec, *, max_length: int | None = Non
     task = get_task(manifest["task"])
     names = {int(index): str(name) for index, name in read_config(folder)["id2label"].items()}
     split, examples, unlabelled = load_evaluation(spec, kind=task.kind, id2label=names)
+    max_length = max_length or manifest.get("max_length")
     length = manifest["artifact"].get("fixed", {}).get("sequence")
     if length is not None:
         max_length = min(max_length or length, length)

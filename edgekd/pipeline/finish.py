@@ -155,6 +155,7 @@ def write_bundle(
         "edgekd": __version__,
         "task": setup.task.name,
         "labels": [name for _, name in sorted(student.model.config.id2label.items())],
+        **({"max_length": setup.max_length} if setup.max_length is not None else {}),
         "teacher": {
             "metric": setup.metric,
             "value": base.reported,

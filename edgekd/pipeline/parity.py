@@ -38,7 +38,8 @@ def parity(
         source: the student folder.
         artifact: an ONNX or TFLite file, or a bundle.
         spec: data with labels; its test split, else validation, else all of it.
-        max_length: longer texts are cut; a file with fixed shapes has its own length.
+        max_length: longer texts are cut, by default as in the run that made a bundle; a file with fixed shapes has
+            its own length.
         count: at most so many examples are compared; the metric is of these.
 
     Returns:
@@ -52,6 +53,7 @@ def parity(
         StageError: the exported float graph does not say what the torch model says.
     """
     folder, file = local_folder(str(source)), _file(Path(artifact))
+    max_length = max_length or _length_of_run(Path(artifact))
     task = get_task(infer_task(read_config(folder)))
     student, processor = load_student(folder, auto_class=task.auto_class), task.load_processor(folder)
     split, examples, _ = load_evaluation(spec, kind=task.kind, id2label=id2label(student.model.config))
@@ -151,6 +153,10 @@ def _file(path: Path) -> Path:
     if path.suffix not in (".onnx", ".tflite") or not path.is_file():
         raise ModelError(f"{path} is neither an .onnx or .tflite file nor a bundle")
     return path
+
+
+def _length_of_run(path: Path) -> int | None:
+    return read_manifest(path).get("max_length") if (path / MANIFEST).is_file() else None
 
 
 def _length(file: Path) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def prepare(
     folder = local_folder(str(teacher))
     config = read_config(folder)
     chosen = get_task(task or infer_task(config))
-    model = load_student(folder, auto_class=chosen.auto_class)
+    # As a teacher it is its weights: how it was to be lowered, or what it promised of zeros, is not handed on.
+    model = replace(load_student(folder, auto_class=chosen.auto_class), quantization=None, sparsity=None, plan=None)
     splits = load_splits(spec, kind=chosen.kind, id2label=id2label(model.model.config))
     for note in splits.notes:
         progress.say(f"data: {note}")

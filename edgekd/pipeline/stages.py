@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgekd.context import Budget, Context, Progress, as_it_is
 from edgekd.errors import StageError
 from edgekd.export.sparse import compressed_bytes
 from edgekd.families import arch_of
+from edgekd.families.zeros import lost_zeros
 from edgekd.operators import Operators
 from edgekd.pipeline.artifact import build, float_forms, score
 from edgekd.pipeline.guard import guard
@@ -158,7 +159,7 @@ def _run_stage(track: Track, step: _Step, student: Student) -> StageFolder:
     began = time.monotonic()
     work = track.run.begin(step.folder)
     ctx = _context(track, step, work)
-    result = step.stage.run(student, ctx)
+    result = without_lost_promises(step.stage.run(student, ctx), track.progress)
     entry: dict[str, Any] = {"stage": step.name, "seconds": round(time.monotonic() - began, 2)}
     draft = track.run.draft(step.folder)
     saved = _save(result, draft, track.setup)
@@ -170,6 +171,14 @@ def _run_stage(track: Track, step: _Step, student: Student) -> StageFolder:
         result.save(draft / ASIDE)
     take_along(work, draft)
     return track.run.commit(step.folder, draft, {**entry, "folder": step.folder.path.name, "details": plain(ctx.notes)})
+
+
+def without_lost_promises(result: Student, progress: Progress) -> Student:
+    """What a stage made; zeros that it did not keep are said to be gone, and not promised any more."""
+    if not lost_zeros(result.model, result.sparsity):
+        return result
+    progress.say("the zeros of a sparse model did not live through this stage: it is dense again")
+    return replace(result, sparsity=None)
 
 
 def take_along(work: Path, folder: Path) -> None:

@@ -1,28 +1,34 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import shutil
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 
 import edgekd
 from edgekd.cli import main
+from edgekd.context import Budget
 from edgekd.data import DataSpec
-from edgekd.errors import BudgetError, DataError, ModelError, StageError, StoreError, TargetError
+from edgekd.errors import BudgetError, DataError, ModelError, RecipeError, StageError, StoreError, TargetError
 from edgekd.latency.verdict import Verdict
 from edgekd.pipeline import compress, evaluate
 from edgekd.pipeline.compress import report_again
 from edgekd.pipeline.export import export
 from edgekd.pipeline.finish import accuracy_floor, exit_code, with_size
-from edgekd.pipeline.parity import of_run
+from edgekd.pipeline.parity import of_run, parity
+from edgekd.pipeline.rounds import overshoot
 from edgekd.store import sha256_file
 from edgekd.target import load_target, probe, shipped_targets_dir
+from edgekd.tasks import get_task
 
 
 class Lines:
@@ -95,6 +101,28 @@ def test_evaluate_gives_the_figure_of_the_manifest(finished, bundle, text_data):
     seen = evaluate(bundle, DataSpec(path=str(text_data)))
     stated = finished.manifests["local"]["quality"]
     assert (seen["value"], seen["ci95"], seen["n"]) == (stated["value"], stated["ci95"], stated["n"])
+
+
+def test_what_is_judged_later_reads_texts_as_long_as_the_run_did(make_recipe, text_data, tmp_path, monkeypatch):
+    data = {"path": str(text_data), "max_length": 6}
+    result = compress(make_recipe(data=data, stages=make_recipe().to_dict()["stages"][:1]), tmp_path / "run")
+    bundle = result.bundles["local"]
+    assert result.manifests["local"]["max_length"] == 6
+    asked = []
+
+    def encode(processor, examples, max_length):
+        asked.append(max_length)
+        return text.encode(processor, examples, max_length)
+
+    text = get_task("text-classification")
+    for name in ("evaluate", "parity"):
+        module = importlib.import_module(f"edgekd.pipeline.{name}")
+        monkeypatch.setattr(module, "get_task", lambda name: replace(text, encode=encode))
+    seen = evaluate(bundle, DataSpec(path=str(text_data)))
+    evaluate(bundle, DataSpec(path=str(text_data)), max_length=7)
+    parity(tmp_path / "run" / "01-prune", bundle, DataSpec(path=str(text_data)))
+    assert asked == [6, 7, 6]
+    assert seen["value"] == result.manifests["local"]["quality"]["value"]
 
 
 def test_every_stage_can_be_loaded_and_is_as_small_as_planned(finished):
@@ -241,6 +269,68 @@ def test_a_later_round_without_result_leaves_what_the_round_before_made(make_rec
     assert [entry["folder"] for entry in manifest["ledger"]] == ["01-search", "02-prune"]
 
 
+@pytest.mark.parametrize("later", ["a shape", "no shape"])
+def test_a_run_that_was_killed_in_a_later_round_does_not_measure_the_first_again(
+    make_recipe, tmp_path, monkeypatch, later
+):
+    """Measured again, the first round would ask the second for another strictness, and what it had would be lost."""
+    asked, judged = [], []
+
+    class Killed(BaseException):
+        pass
+
+    def plan(settings, student, ctx):
+        asked.append(ctx.strictness)
+        if len(asked) == 2:
+            (ctx.work / "half").write_text("done")
+            raise Killed
+        if len(asked) == 3:
+            assert (ctx.work / "half").is_file(), "what the killed process had done"
+            if later == "no shape":
+                raise BudgetError("out of reach inside")
+        return replace(student, plan=student.arch)
+
+    def judge(travelled, *args):
+        judged.append(travelled.key)
+        return real(travelled, *args)
+
+    module = importlib.import_module("edgekd.pipeline.compress")
+    real = module.judge
+    monkeypatch.setattr(module, "judge", judge)
+    monkeypatch.setattr("edgekd.search.strategy.choose", plan)
+    budget = {"speedup": 50, "sequence": 16, "threads": 1, "max_rounds": 2}
+    recipe = make_recipe(stages=[{"search": {}}, {"prune": {"samples": 8}}], budget=budget)
+    with pytest.raises(Killed):
+        compress(recipe, tmp_path / "run")
+    assert (len(asked), len(judged)) == (2, 1)
+    result = compress(recipe, tmp_path / "run")
+    assert asked[2] == asked[1] < asked[0]
+    rounds = result.manifests["local"]["rounds"]
+    assert [entry["strictness"] for entry in rounds] == [1.0, asked[1]]
+    assert len(judged) == 2
+    assert (judged[1] == judged[0]) == (later == "no shape"), "only then the first is what ships"
+
+
+@pytest.mark.parametrize(
+    ("status", "budget", "expected"),
+    [
+        ("pass", {"speedup": 4.0, "size_mb": 0.001}, None),
+        ("inconclusive", {"speedup": 4.0}, 4 / 3.9),
+        ("fail", {"speedup": 4.0}, 4 / 3.9),
+        ("fail", {"latency_p95_ms": 2.0}, 1.25),
+        ("fail", {"size_mb": 0.001}, None),
+    ],
+)
+def test_another_round_is_for_a_latency_that_is_missed(status, budget, expected):
+    """A size that is missed is no reason: search does not look at it."""
+    found = SimpleNamespace(
+        gauged=SimpleNamespace(verdict=Verdict("local", status, "")),
+        verdict=Verdict("local", "fail", ""),
+        measurement=SimpleNamespace(speedup=3.9, p95_ms=2.5),
+    )
+    assert overshoot(found, Budget(**budget)) == expected
+
+
 def test_bundles_of_an_earlier_recipe_do_not_stay_beside_a_verdict_without_one(
     finished, make_recipe, tmp_path, monkeypatch
 ):
@@ -293,6 +383,38 @@ def test_data_without_labels_is_labelled_by_the_teacher(make_recipe, text_data, 
     quality = result.manifests["local"]["quality"]
     assert (quality["metric"], quality["split"]) == ("agreement", "validation")
     assert result.manifests["local"]["teacher"]["value"] == 1.0
+
+
+def test_an_accuracy_that_cannot_be_measured_cannot_be_asked_for(make_recipe, text_data, tmp_path):
+    rows = [json.loads(line)["text"] for line in (text_data / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in rows))
+    recipe = make_recipe(data={"path": str(tmp_path / "train.jsonl")}, budget={"size_mb": 100, "min_accuracy": 0.5})
+    with pytest.raises(RecipeError, match="budget.min_accuracy is 0.5, and the data has no labels"):
+        compress(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quantized", "boosted"])
+def test_what_edgekd_made_can_teach(make_recipe, make_model, text_data, tmp_path, kind):
+    """It is its weights: the baseline is their float32 graph, and zeros are not to be kept."""
+    folder = tmp_path / "made"
+    stage, *given = {
+        "sparse": ("sparsify", "pattern=2:4", "epochs=0", "calibration=16"),
+        "boosted": ("sparsify", "pattern=2:4", "epochs=0", "calibration=16", "boost=8"),
+        "quantized": ("quantize", "lowering=int8_dynamic"),
+    }[kind]
+    settings = [word for setting in given for word in ("--set", setting)]
+    done = CliRunner().invoke(
+        main, [stage, str(make_model("bert")), "--data", str(text_data), "--out", str(folder), *settings]
+    )
+    assert done.exit_code == 0, done.output
+    stages = [{"distill": {"epochs": 1, "batch_size": 32, "precision": "fp32"}}]
+    run = tmp_path / "run"
+    result = compress(make_recipe(teacher=str(folder), stages=stages), run)
+    manifest = result.manifests["local"]
+    assert manifest["artifact"]["precision"] == "fp32"
+    nodes = onnx.load(run / "00-teacher" / "model.onnx").graph.node
+    assert not any("Integer" in node.op_type for node in nodes)
+    assert "sparsity" not in manifest["artifact"]
 
 
 def test_a_stage_that_breaks_a_promise_is_stopped(make_recipe, tmp_path, monkeypatch):
