@@ -14,7 +14,7 @@ from edgekd.errors import RecipeError, TargetError
 from edgekd.quantize import CHOICES, Quantize, candidates
 from edgekd.schema import At, Mistake
 from edgekd.sparsify import Sparsify
-from edgekd.sparsify.patterns import remark
+from edgekd.sparsify.patterns import other_share, remark
 from edgekd.target import Target, load_target, probe
 from edgekd.target_fields import form_precision
 
@@ -80,6 +80,7 @@ def _loaded(names: Iterable[Any], mistakes: list[Mistake]) -> Iterator[Target]:
 def _of_target(target: Target, budget: Budget, stages: Mapping[str, Any], *, whole: bool = True) -> Iterator[Mistake]:
     yield from _forms(target, stages, whole=whole)
     yield from _sizes(target, budget)
+    yield from _zeros(target, stages)
     if whole or "search" in stages:
         yield from _latency(target, budget, stages)
 
@@ -117,6 +118,13 @@ def _forms(target: Target, stages: Mapping[str, Any], *, whole: bool) -> Iterato
 def _needs(target: Target) -> str:
     precisions = dict.fromkeys(form_precision(form) for form in target.forms)
     return ("static shapes and " if target.is_static else "") + " or ".join(precisions)
+
+
+def _zeros(target: Target, stages: Mapping[str, Any]) -> Iterator[Mistake]:
+    """A share of zeros that the pattern which the target profits from does not have."""
+    stage = stages.get("sparsify")
+    if isinstance(stage, Sparsify) and (said := other_share(stage.pattern, stage.sparsity, target)):
+        yield Mistake(("stages", list(stages).index("sparsify"), "sparsify", "sparsity"), said)
 
 
 def remarks(targets: Iterable[Target], stages: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ def dropout(model: nn.Module, probability: float | None) -> Iterator[None]:
         (module, name)
         for module in model.modules()
         for name in (("p",) if isinstance(module, nn.Dropout) else _ATTENTION_DROPOUT)
-        if isinstance(getattr(module, name, None), float)
+        if isinstance(getattr(module, name, None), int | float)
     ]
     before = [getattr(module, name) for module, name in places]
     for module, name in places:

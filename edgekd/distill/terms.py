@@ -53,6 +53,9 @@ def _problems(losses: LossSettings) -> Iterator[str]:
                 yield f"{key} of loss {name!r} must be a number of at least 0, not {number!r}"
             elif key in ("temperature", "smoothing") and number == 0:
                 yield f"{key} of loss {name!r} must be above 0"
+            elif isinstance(allowed[key], int) and not (isinstance(number, int) and number >= bool(allowed[key])):
+                least = int(bool(allowed[key]))
+                yield f"{key} of loss {name!r} must be a whole number of at least {least}, not {number!r}"
 
 
 def _weight(value: float | Mapping[str, float]) -> float:

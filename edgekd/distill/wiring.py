@@ -85,8 +85,15 @@ def wire(student: Any, teacher: Any, terms: Sequence[Term], *, batch: Batch, lay
     """Connect two `Student`s for these loss terms; `batch` is any one batch, to see the shapes of hidden states.
 
     Raises:
-        RecipeError: a loss asks for what the two models do not have both.
+        RecipeError: a loss asks for what the two models do not have both, or for more classes than there are.
     """
+    classes = student.model.config.num_labels
+    for loss in (term.loss for term in terms):
+        if classes < loss.classes:
+            raise RecipeError(
+                f"loss {loss.name!r} has no gradient with fewer than {loss.classes} classes, and there are {classes}: "
+                "take forward_kl"
+            )
     needs = {need for term in terms for need in term.loss.needs}
     pairs: Pairs = ()
     last, projectors, found = None, nn.ModuleList(), dict[str, Any]()

@@ -30,11 +30,11 @@ class Sparsify(Taught):
     `pattern` says where zeros stand (`auto`: as the target profits), `sparsity` their share (N:M patterns have their
     own), `allocation` how they are shared out over the matrices. `method` chooses them, on `calibration` training
     examples. `masks`: chosen once (`fixed`), by and by (`gradual`), or changing while the weights behind them live on
-    (`adaptive`); they are set every `mask_steps` steps (0: ten times
-    in a ramp, every ten steps where they adapt) over the `ramp`, two shares of all steps, and `mask_decay` pulls
-    weights that adaptive masks hide towards zero. `teacher` is the dense `student` itself or the
-    `teacher` of the run. `dense` names modules that stay as they are; `boost` adds averages over so many inputs for
-    what was cut (0: none). `storage` says what the device stores. The rest means what it means in `Distill`.
+    (`adaptive`); they are set every `mask_steps` steps (0: ten times in a ramp, every ten steps where they adapt) over
+    the `ramp`, two shares of all steps. `mask_decay`, reached over the first quarter of the steps, pulls weights that
+    adaptive masks hide towards zero. `teacher` is the dense `student` itself or the `teacher` of the run. `dense` names
+    modules that stay as they are; `boost` adds averages over so many inputs for what was cut (0: none). `storage` says
+    what the device stores. The rest means what it means in `Distill`.
     """
 
     buys: ClassVar[tuple[str, ...]] = ("latency", "flash", "transfer")
@@ -59,7 +59,7 @@ class Sparsify(Taught):
     dropout: Annotated[float, Ge(0), Lt(1)] | None = 0.0
 
     def _problems(self) -> Iterator[str]:
-        pattern = PATTERNS.get(self.pattern)
+        pattern = PATTERNS.get(self.pattern)  # what `auto` is, the target says
         if pattern is not None and pattern.is_grouped and self.sparsity not in (None, pattern.sparsity):
             yield (
                 f"sparsity must be left out or {pattern.sparsity:g} with the pattern {self.pattern}, "

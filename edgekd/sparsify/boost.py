@@ -7,22 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgekd.errors import ModelError
 from edgekd.families import boost
 from edgekd.families.boost import Boosted
+from edgekd.sparsify.matrices import weight_parameter
 from edgekd.surgery.obs import factor
 
 DAMPING = 0.01
 
 
-def install(model: Any, found: dict[str, Any], inputs: int) -> dict[str, Any]:
-    """Put a boost on every linear layer of those found; what `config.json` remembers of it.
+def install(model: Any, found: dict[str, Any], inputs: int) -> None:
+    """Put a boost on every linear layer of those found, in place.
 
     Raises:
-        ModelError: a width does not divide.
+        ModelError: a width does not divide, or the model has boosts already.
     """
-    names = [name for name, module in found.items() if isinstance(module, nn.Linear)]
-    boost.install(model, names, inputs)
-    return {"inputs": inputs, "modules": names}
+    if (there := boost.described(model)) is not None:
+        raise ModelError(
+            f"the model has a boost over {there['inputs']} inputs from an earlier sparsify, which goes on: leave "
+            "`boost` out"
+        )
+    boost.install(model, [name for name, module in found.items() if isinstance(module, nn.Linear)], inputs)
 
 
 def boosts(model: Any) -> dict[int, Boosted]:
@@ -38,11 +43,11 @@ def make_up(boosted: Boosted, lost: Tensor, gram: Tensor) -> None:
     weights of a block, which is the best for inputs that know nothing of each other, or over the lost ones alone.
     ADAPT: with the inputs' `X Xᵀ [F, F]`, it is the `B` that makes `‖(lost - B P) X‖²` least.
     """
-    size = boosted.inputs
+    size, blocks = boosted.inputs, weight_parameter(boosted.blocks)
     if not gram.numel():
-        boosted.blocks.weight += lost.unflatten(-1, (-1, size)).mean(-1)  # type: ignore[no-untyped-call]
+        blocks.add_(lost.unflatten(-1, (-1, size)).mean(-1))  # type: ignore[no-untyped-call]
         return
     sums = gram.double().unflatten(-1, (-1, size)).sum(-1)  # type: ignore[no-untyped-call]  # X Xᵀ Pᵀ
     _, lower = factor(sums.unflatten(0, (-1, size)).sum(1), DAMPING)
     best = torch.cholesky_solve((lost.double() @ sums).T, lower).T
-    boosted.blocks.weight += best.to(boosted.blocks.weight.dtype)
+    blocks.add_(best.to(blocks.dtype))

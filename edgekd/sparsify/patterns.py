@@ -102,6 +102,18 @@ def resolve(name: str, target: Target) -> Pattern:
     return PATTERNS[UNSTRUCTURED]
 
 
+def other_share(name: str, sparsity: float | None, target: Target) -> str:
+    """Why this share of zeros cannot be had, the pattern having one of its own; or an empty string."""
+    pattern = resolve(name, target)
+    if not pattern.is_grouped or sparsity in (None, pattern.sparsity):
+        return ""
+    on = f", which target {target.name} profits from" if name == "auto" else ""
+    return (
+        f"sparsity must be left out or {pattern.sparsity:g} with the pattern {pattern.name}{on}: it has so many zeros, "
+        f"not {sparsity!r}; `pattern: {UNSTRUCTURED}` takes any share"
+    )
+
+
 def remark(name: str, target: Target) -> str:
     """What to say before anything is trained where zeros in this pattern are not known to pay; else nothing."""
     pattern = resolve(name, target)

@@ -12,13 +12,14 @@ import torch
 from edgekd.context import Silent
 from edgekd.distill.processes import this_process
 from edgekd.distill.recover import evaluator, require_same_words
+from edgekd.errors import RecipeError
 from edgekd.export.nbits import NEAREST
 from edgekd.families.zeros import promise
 from edgekd.quantize.forms import EXAMPLES
 from edgekd.sparsify.boost import install
 from edgekd.sparsify.masked import Masks
 from edgekd.sparsify.matrices import matrices
-from edgekd.sparsify.patterns import Pattern, remark, resolve
+from edgekd.sparsify.patterns import Pattern, other_share, remark, resolve
 from edgekd.sparsify.plan import make_plan
 from edgekd.sparsify.rounding import Rounding, under_rounding
 from edgekd.sparsify.train import Course, train_sparse
@@ -37,6 +38,8 @@ def sparsify(settings: Sparsify, student: Student, ctx: Context) -> Student:
     ctx = ctx if processes.main else replace(ctx, progress=Silent())
     torch.manual_seed(ctx.seed)
     pattern = resolve(settings.pattern, ctx.target)
+    if wrong := other_share(settings.pattern, settings.sparsity, ctx.target):
+        raise RecipeError(f"sparsify: {wrong}")
     if said := remark(settings.pattern, ctx.target):
         ctx.progress.say(f"sparsify: {said}")
     settings = _comparable(settings, student, ctx)
@@ -44,7 +47,8 @@ def sparsify(settings: Sparsify, student: Student, ctx: Context) -> Student:
     own = replace(student, model=copy.deepcopy(student.model).eval())
     batches = [without_labels(each) for each in sample_batches(ctx.train, settings.calibration, seed=ctx.seed)]
     found = matrices(own, pattern, settings.dense)
-    boosted = {"boost": install(own.model, found, settings.boost)} if settings.boost else {}
+    if settings.boost:
+        install(own.model, found, settings.boost)
     plan = make_plan(settings, own, pattern, batches)
     masks, score = Masks.install(plan.modules), evaluator(own.model, ctx, "fp32")
     rounding = under_rounding(own, batches)
@@ -57,7 +61,7 @@ def sparsify(settings: Sparsify, student: Student, ctx: Context) -> Student:
     notes["metric"] = score()
     quantization = _finished(own, masks, rounding, ctx)
     weights = {name: module.weight for name, module in plan.modules.items()}
-    section = {**promise(pattern.name, weights, storage=settings.storage), **boosted}
+    section = promise(pattern.name, weights, storage=settings.storage)
     ctx.notes["sparsity"] = {**notes, **_told(section, weights)}
     ctx.progress.say(_line(ctx, pattern, notes, masks.sparsity))
     return replace(own, sparsity=section, quantization=quantization)

@@ -58,7 +58,7 @@ class Removal:
 def damped(gram: Tensor, damping: float) -> Tensor:
     """`H + λI`, λ being `damping` times the mean of the diagonal."""
     level = damping * float(gram.diagonal().mean())
-    return gram + level * torch.eye(len(gram), dtype=gram.dtype)
+    return gram + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
             return matrix, lower
         level = max(level * 10, 1e-12)
         if level > 1e6:  # inputs that are all zero
-            unit = torch.eye(len(gram), dtype=gram.dtype)
+            unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             return unit, unit
 
 

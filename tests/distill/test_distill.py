@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from edgekd.distill import Distill
 from edgekd.distill.adjust import dropout, frozen
@@ -132,6 +134,13 @@ def test_dropout_reaches_attention_and_is_put_back(text: Any) -> None:
         assert not torch.equal(model(**batch).logits, model(**batch).logits)
 
 
+def test_dropout_reaches_modules_whose_probability_is_a_whole_number() -> None:
+    module = nn.Dropout(0)
+    with dropout(module, 0.5):
+        assert module.p == 0.5
+    assert module.p == 0
+
+
 def test_frozen_is_undone(text: Any) -> None:
     model = text.student.model
     with frozen([model.base_model.embeddings]):
@@ -156,6 +165,16 @@ def test_projectors_only_where_widths_differ(text: Any, narrow_text: Any) -> Non
     assert [tuple(p.shape) for p in other.projectors.parameters()] == [(32, 16), (32,)] * 2
 
 
+def test_a_loss_that_two_classes_leave_constant_is_refused(text: Any) -> None:
+    batch, terms = text.ctx.train.collate(np.arange(2)), parse_terms({"standardized_kl": 9})
+    few = replace(text.student, model=copy.deepcopy(text.student.model))
+    few.model.config.num_labels = 2
+    with pytest.raises(RecipeError, match="'standardized_kl' has no gradient with fewer than 3 classes, and there are"):
+        wire(few, text.ctx.teacher, terms, batch=batch, layer_map="even")
+    few.model.config.num_labels = 3
+    wire(few, text.ctx.teacher, terms, batch=batch, layer_map="even")
+
+
 def test_tokens_of_convolutional_nets_and_their_mean() -> None:
     states = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)
     rows = valid_tokens(states, None)
@@ -172,6 +191,8 @@ def test_tokens_of_convolutional_nets_and_their_mean() -> None:
             r"unknown setting of loss 'forward_kl': 'temprature' \(did you",
         ),
         ({"losses": {"forward_kl": {"temperature": 0}}}, "temperature of loss 'forward_kl' must be above 0"),
+        ({"losses": {"minilm": {"relation_heads": 0}}}, "relation_heads of loss 'minilm' must be a whole number of at"),
+        ({"losses": {"sinkd": {"iterations": 20.0}}}, "a whole number of at least 1, not 20.0"),
         ({"losses": {"mse": "high"}}, "weight of loss 'mse' must be a number of at least 0, not 'high'"),
         ({"losses": {"mse": 0}}, "no loss has a weight above 0"),
         ({"losses": {}}, "no loss has a weight above 0"),

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 from torch import nn
 
+from edgekd import constraints
 from edgekd.cli import main
 from edgekd.context import Silent
 from edgekd.errors import ModelError, RecipeError
@@ -24,11 +25,13 @@ from edgekd.pipeline import artifact
 from edgekd.pipeline.artifact import Place, build
 from edgekd.prune import Prune
 from edgekd.quantize import Quantize
+from edgekd.quantize.fake import Scheme
 from edgekd.recipe import load_recipe
 from edgekd.sparsify import Sparsify
 from edgekd.student import load_student
 from edgekd.surgery import cut, measure_importance
 from edgekd.surgery.sample import sample_batches
+from edgekd.target import load_target
 
 ONE_SHOT = {"epochs": 0, "calibration": 16}
 AUTO = "AutoModelForSequenceClassification"
@@ -382,6 +385,57 @@ def test_a_boost_makes_up_for_what_was_lost():
         if name == "mean":
             assert torch.allclose(boosted.blocks.weight, lost.view(5, 3, 4).mean(-1))
     assert left["fitted"] < left["mean"] < 0.9
+
+
+def boosted_student(setup, make_ctx, folder, name, **changes):
+    settings = {"epochs": 0, "calibration": 16, "pattern": "2:4", "boost": 8, **changes}
+    made = Sparsify(**settings).run(setup.teacher, make_ctx(work=folder / f"work-{name}"))
+    made.save(folder / name)
+    return load_student(folder / name, auto_class=AUTO)
+
+
+def test_a_boost_goes_on_where_its_zeros_do_not(setup, make_ctx, text_data, tmp_path):
+    student = boosted_student(setup, make_ctx, tmp_path, "s")
+    folder, out = str(tmp_path / "s"), tmp_path / "d"
+    words = ["distill", folder, "--teacher", folder, "--data", str(text_data), "--out", str(out)]
+    done = CliRunner().invoke(main, [*words, "--set", "epochs=1", "--set", "batch_size=32"])
+    assert done.exit_code == 0, done.output
+    again = load_student(out, auto_class=AUTO)
+    assert again.sparsity is None
+    assert type(again.model.bert.encoder.layer[0].attention.self.query).__name__ == "Boosted"
+    with pytest.raises(ModelError, match="has a boost over 8 inputs from an earlier sparsify"):
+        Sparsify(**ONE_SHOT, pattern="2:4", boost=8).run(student, make_ctx(work=tmp_path / "w1"))
+    sparser = Sparsify(**ONE_SHOT, pattern="1:4").run(student, make_ctx(work=tmp_path / "w2"))
+    assert sparser.sparsity["density"] == 0.25
+
+
+def test_folders_that_have_the_boost_beside_the_zeros_still_load(setup, make_ctx, tmp_path):
+    boosted_student(setup, make_ctx, tmp_path, "s")
+    file = tmp_path / "s" / "config.json"
+    config = json.loads(file.read_text())
+    config["edgekd"]["sparsity"]["boost"] = config["edgekd"].pop("boost")
+    file.write_text(json.dumps(config))
+    again = load_student(tmp_path / "s", auto_class=AUTO)
+    assert again.model.bert.encoder.layer[0].attention.self.query.inputs == 8
+
+
+def test_a_boost_and_rounding_go_together(setup, make_ctx, tmp_path):
+    rounded = replace(setup.teacher, quantization={"lowering": "int8_dynamic", "scheme": Scheme().to_dict()})
+    settings = {"epochs": 1, "batch_size": 16, "calibration": 16, "precision": "fp32", "pattern": "2:4", "boost": 8}
+    made = Sparsify(**settings, masks="adaptive").run(rounded, make_ctx(work=tmp_path / "w"))
+    blocks = made.model.bert.encoder.layer[0].attention.self.query.blocks
+    assert bool((blocks.weight != 0).any())
+    assert not lost_zeros(made.model, made.sparsity)
+
+
+def test_a_pattern_that_the_target_chooses_has_its_own_share_of_zeros(setup, make_ctx, text_data, tmp_path):
+    gpu = replace(load_target("local"), name="gpu", sparsity=("2:4",))
+    with pytest.raises(RecipeError, match="0.5 with the pattern 2:4, which target gpu profits from"):
+        Sparsify(**ONE_SHOT, sparsity=0.75).run(setup.teacher, make_ctx(target=gpu))
+    [mistake] = constraints._zeros(gpu, {"sparsify": Sparsify(sparsity=0.75)})
+    assert mistake.at == ("stages", 0, "sparsify", "sparsity")
+    assert not list(constraints._zeros(gpu, {"sparsify": Sparsify(sparsity=0.5)}))
+    assert not list(constraints._zeros(gpu, {"sparsify": Sparsify(sparsity=0.75, pattern="unstructured")}))
 
 
 def test_a_boost_that_does_not_divide_is_refused(setup, ctx):

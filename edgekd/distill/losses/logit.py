@@ -50,7 +50,8 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 def standardized_kl(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> Tensor:
     """KL of tempered probabilities after each row of logits is brought to mean 0 and deviation 1, times T².
 
-    Sun et al. 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427; weight about 9 there.
+    Sun et al. 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427; weight about 9 there. Of two
+    logits only the order is left, so it takes three classes or more.
     """
     return forward_kl(_z_score(student), _z_score(teacher), temperature=temperature)
 
@@ -146,7 +147,7 @@ def dkd(
 ) -> Tensor:
     """Decoupled KD: binary KL on the target class plus KL over the others, both times T².
 
-    Zhao et al. 2022, arXiv:2203.08679.
+    Two classes leave the second term empty. Zhao et al. 2022, arXiv:2203.08679.
     """
     target = labels[:, None]
     student_target, student_rest = _binary(student, target, temperature)
@@ -168,7 +169,8 @@ def dist(
 ) -> Tensor:
     """One minus the Pearson correlation of probabilities, over classes (beta) and over the batch (gamma), times T².
 
-    Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher", arXiv:2205.10536.
+    Two classes leave the first of the two constant. Huang et al. 2022, "Knowledge Distillation from A Stronger
+    Teacher", arXiv:2205.10536.
     """
     p = (student.float() / temperature).softmax(-1)
     q = (teacher.detach().float() / temperature).softmax(-1)
@@ -191,7 +193,7 @@ LOGIT = table(
     Loss(name="forward_kl", function=forward_kl),
     Loss(name="soft_cross_entropy", function=soft_cross_entropy),
     Loss(name="mse", function=mse),
-    Loss(name="standardized_kl", function=standardized_kl),
+    Loss(name="standardized_kl", function=standardized_kl, classes=3),
     Loss(name="nkd", function=nkd, needs=("logits", "labels")),
     Loss(name="ttm", function=ttm),
     Loss(name="wttm", function=wttm),

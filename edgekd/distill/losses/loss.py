@@ -30,11 +30,14 @@ class Loss:
     - `features`: image features of matched stages or layers, `[B, positions, channels]` each; channels may differ
     - `labels`: `[N]`, int64
     - `mask`: `[B, S]` bool, true for valid tokens
+
+    With fewer than `classes` classes it is constant, and nothing can be learned from it.
     """
 
     name: str
     function: Callable[..., Tensor]
     needs: tuple[Need, ...] = ("logits",)
+    classes: int = 2
 
     @property
     def defaults(self) -> Mapping[str, Any]:
