@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("--picked", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=120)
     parser.add_argument("--seconds", type=float, default=900.0, help="most that one measurement takes")
+    parser.add_argument("--examples", type=int, help="draw only so many training examples, for all contestants")
     parser.add_argument("--limit", type=int, help="score this many test examples only, to try it out")
     parser.add_argument("--phase", choices=("make", "score", "measure", "report", "all"), default="all")
     parser.add_argument("--name", default="digits")
@@ -86,6 +87,7 @@ def main() -> int:
     if options.teacher is None:
         options.teacher = Path(digits_teacher(options.work / "teacher", options.data))
     own = {name: getattr(options, name) for name in ("data", "calibration", "sequence", "limit")}
+    own |= {} if options.examples is None else {"examples": options.examples}
     require_own_work(options.work, {"teacher": fingerprint(str(options.teacher)), **own})
     setup = prepared(options)
     if setup.task.kind != "text":
@@ -109,7 +111,7 @@ def prepared(options: argparse.Namespace) -> Any:
     from edgekd.data import DataSpec
     from edgekd.pipeline.setup import prepare
 
-    return prepare(options.teacher, DataSpec(path=options.data, seed=0), progress=Silent())
+    return prepare(options.teacher, DataSpec(path=options.data, seed=0, limit=options.examples), progress=Silent())
 
 
 # Inputs: the same files of numbers for every tool.
@@ -286,6 +288,7 @@ def make_edgekd(options: argparse.Namespace, speedup: float) -> None:
     if (out / "manifest.json").is_file():
         return
     words = [sys.executable, "-m", "edgekd", "compress", str(options.teacher), "--data", str(options.data)]
+    words += [] if options.examples is None else ["--limit", str(options.examples)]
     words += ["--speedup", f"{speedup:g}", "--sequence", str(options.sequence), "--threads", "1", "--out", str(out)]
     try:
         run(words, options.work / f"edgekd-{speedup:g}x.log", own=True)
