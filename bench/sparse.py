@@ -191,7 +191,9 @@ def ask_guards(options: argparse.Namespace) -> list[dict[str, Any]]:
             if not (folder_of(options, job) / "student").is_dir():
                 continue
             sparse = load_student(folder_of(options, job) / "student", auto_class=setup.task.auto_class)
-            pair = [replace(each, quantization={"lowering": form, "calibration": 128, "seed": 0})
+            # Both with 16-bit norms where the form knows them, as quantize decides once for dense and sparse alike.
+            wide = {"wide": True} if form.endswith("tflite") else {}
+            pair = [replace(each, quantization={"lowering": form, "calibration": 128, "seed": 0, **wide})
                     for each in (setup.teacher, sparse)]  # fmt: skip
             work = options.work / "guard" / f"{name}-{folder_of(options, job).name}"
             before, after, decision = guard(scale, stage_of(options, job), *pair, work)

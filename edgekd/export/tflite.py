@@ -141,6 +141,7 @@ def export_tflite(
     converter: Converter | None = None,
     seconds: dict[str, float] | None = None,
     wide: bool | None = False,
+    told: dict[str, Any] | None = None,
 ) -> Path:
     """Write the student as int8 TFLite for one shape of its inputs.
 
@@ -156,6 +157,7 @@ def export_tflite(
         seconds: takes the time of each step.
         wide: whether layer norms and the residual sums before them have activations of 16 bits; None: only if the
             logits are too noisy with 8, and better then. All Ethos-U take both, 16 bits cost some latency.
+        told: takes what `wide` came to.
 
     Raises:
         RecipeError: the converter is not installed, or there are no feeds or not those the model takes.
@@ -182,6 +184,8 @@ def export_tflite(
     output.chmod(0o644)
     if seconds is not None:
         seconds.update(answer["seconds"])
+    if told is not None:
+        told["wide"] = bool(answer["wide"])
     return output
 
 

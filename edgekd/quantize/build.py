@@ -67,20 +67,44 @@ def build_form(form: str, sources: Sources, reference: Logits) -> Built:
         StageError: it says something else than the float model, and leaving layers in float could not help.
     """
     ctx, settings, source = sources.ctx, sources.settings, sources.of(form)
+    if form in NOT_FROM_ONNX:
+        return _build_tflite(form, source.student, sources, reference)
     ranges = None
     examples = sample(ctx.train, settings.calibration, seed=ctx.seed) if needs_examples(form) else None
-    if form in NOT_FROM_ONNX and examples is not None:
-        file = write_tflite(source.student, ctx.task, ctx.work / f"{form}.tflite", examples, ctx.budget)
-    else:
-        if examples is not None:
-            ranges = find_ranges(source.graph, form, examples, observer=settings.observer)
-        file = ctx.work / f"{form}.onnx"
-        write_form(source.student, source.graph, form, file, target=ctx.target, budget=ctx.budget, ranges=ranges)
+    if examples is not None:
+        ranges = find_ranges(source.graph, form, examples, observer=settings.observer)
+    file = ctx.work / f"{form}.onnx"
+    write_form(source.student, source.graph, form, file, target=ctx.target, budget=ctx.budget, ranges=ranges)
     made = Built(form, source.student, source.graph, file, ranges, form_logits(file, ctx.validation), 0.0)
-    why = None
-    if form not in NOT_FROM_ONNX:
-        why = explain(source.graph, file, ctx.validation, precision_of(form))
+    why = explain(source.graph, file, ctx.validation, precision_of(form))
     return _judged(made, sources, reference, strict=not (settings.fallback and made.has_layers), why=why)
+
+
+def _build_tflite(form: str, student: Student, sources: Sources, reference: Logits) -> Built:
+    """The same for the form that is not made from ONNX; the student remembers how wide its activations are."""
+    ctx, told = sources.ctx, dict[str, Any]()
+    examples = sample(ctx.train, sources.settings.calibration, seed=ctx.seed)
+    wide = (student.quantization or {}).get("wide")
+    file = ctx.work / f"{form}{'-wide' if wide else ''}.tflite"
+    write_tflite(student, ctx.task, file, examples, ctx.budget, told)
+    own = replace(student, quantization={**(student.quantization or {}), **told})
+    made = Built(form, own, sources.graph, file, None, form_logits(file, ctx.validation), 0.0)
+    return _judged(made, sources, reference, strict=wide is not None or not sources.settings.fallback)
+
+
+def widened(built: Built, sources: Sources, reference: Logits) -> Built | None:
+    """The same TFLite form with norms that have activations of 16 bits, if its metric is better."""
+    ctx, own = sources.ctx, built.student.quantization or {}
+    if own.get("wide", True):
+        return None
+    ctx.progress.say(f"quantize: {built.form} misses the tolerance; trying norms with activations of 16 bits")
+    student = replace(built.student, quantization={**own, "wide": True})
+    try:
+        other = _build_tflite(built.form, student, sources, reference)
+    except StageError as error:
+        ctx.progress.say(f"quantize: {error}")
+        return None
+    return other if built.problem or other.metric > built.metric else None
 
 
 def _judged(

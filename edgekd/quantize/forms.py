@@ -132,16 +132,27 @@ def trained_grid(scheme: dict[str, Any], form: str) -> dict[str, Any]:
     return {"group": 0 if bits == TERNARY else scheme.get("group", 0), "symmetric": True}
 
 
-def write_tflite(student: Student, task: Task, output: Path, examples: Encoded, budget: Budget) -> Path:
+def write_tflite(
+    student: Student,
+    task: Task,
+    output: Path,
+    examples: Encoded,
+    budget: Budget,
+    told: dict[str, Any] | None = None,
+) -> Path:
     """Convert a student to int8 TFLite, its ranges calibrated on the examples, with the budget's shapes.
+
+    Norms have activations of 16 bits if the student's quantization says so (`wide`); if it says nothing, where they
+    need them. `told` takes what that came to.
 
     Raises:
         RecipeError: the converter is not installed.
         StageError: it does not take the model.
     """
     sequence = budget.sequence if task.kind == "text" else None
+    wide = (student.quantization or {}).get("wide")
     return export_tflite(
-        student, task.name, feeds_of(examples), output, batch=budget.batch, sequence=sequence, wide=None
+        student, task.name, feeds_of(examples), output, batch=budget.batch, sequence=sequence, wide=wide, told=told
     )
 
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from edgekd.devices import is_estimated, unavailable
 from edgekd.errors import EdgekdError, StageError
+from edgekd.export.lower import NOT_FROM_ONNX
 from edgekd.export.onnx import export_float
 from edgekd.export.parity import Logits, onnx_logits
 from edgekd.latency.bench import Settings, Subject, measure
-from edgekd.quantize.build import Built, build_form, rescue
+from edgekd.quantize.build import Built, build_form, rescue, widened
 from edgekd.quantize.forms import metric_of, needs_examples
 from edgekd.quantize.prepare import Sources, require_float, say_what_is_not_fitted, wanted_forms
 from edgekd.quantize.tuning import FORMS as TUNED_FORMS
@@ -121,6 +122,7 @@ def _rescued(built: Sequence[Built], sources: Sources, reference: Logits, measur
     elif good:
         bad = [each for each in bad if built.index(each) < built.index(good[0])]
     better = {each.form: rescue(each, sources, reference, floor) for each in bad if each.has_layers}
+    better |= {each.form: widened(each, sources, reference) for each in bad if each.form in NOT_FROM_ONNX}
     return [better.get(each.form) or each for each in built]
 
 

@@ -602,3 +602,34 @@ def test_tables_of_4_bits_reach_the_file_and_are_remembered(bert, make_context, 
     assert stored[table.input[0]].shape == (own.shape[0], own.shape[1] // 2)
     difference = np.abs(onnx_logits(file, context.validation) - onnx_logits(graph, context.validation))
     assert difference.max() < 0.5 * np.abs(onnx_logits(graph, context.validation)).max()
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_tflite_that_misses_the_tolerance_is_tried_with_wider_norms(bert, make_context, monkeypatch, helps):
+    """What that came to is remembered, so that later stages and the export make the same file."""
+    made: list[bool | None] = []
+
+    def write(student, task, output, examples, budget, told=None):
+        made.append((student.quantization or {}).get("wide"))
+        output.write_text("wide" if made[-1] else "narrow")
+        told["wide"] = bool(made[-1])
+        return output
+
+    def logits(file, encoded):
+        right = torch_logits(bert.model, encoded)
+        wrong = np.arange(len(right)) < (1 if file.read_text() == "wide" and helps else 4)
+        return np.where(wrong[:, None], right[:, ::-1], right)
+
+    monkeypatch.setattr("edgekd.quantize.build.write_tflite", write)
+    monkeypatch.setattr("edgekd.quantize.build.form_logits", logits)
+    monkeypatch.setattr("edgekd.quantize.build.require_parity", lambda *args: None)
+    context = make_context(target=load_target("npu-ethos-u55-256"))
+    student = Quantize(lowering="int8_tflite", tolerance=0.02, calibration=8).run(bert, context)
+    assert made == [None, True]
+    assert student.quantization["wide"] is helps
+    assert student.quantization["lowering"] == "int8_tflite"
+    made.clear()
+    assert (
+        Quantize(lowering="int8_tflite", tolerance=0.5, calibration=8).run(bert, context).quantization["wide"] is False
+    )
+    assert made == [None], "within the tolerance nothing else is tried"
