@@ -5,7 +5,7 @@
 
 The teacher is finetuned once more from its own weights, with the defaults of `edgekd finetune`, before and after every
 `compress`: the ratio is that to the mean of the two. Seconds are those of the clock and of the processors (what other
-processes take is in the former alone).
+processes take is in the former alone). Options that are not this script's go to `compress`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def main() -> int:
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--name", default="digits")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         if options.teacher is None:
             options.teacher = digits_teacher(Path(scratch) / "teacher", options.data)
         both = [options.teacher, "--data", options.data]
-        ours = ["compress", *both, "--speedup", options.speedup, "--preset", options.preset, "--threads", "1"]
+        ours = ["compress", *both, "--speedup", options.speedup, "--preset", options.preset, "--threads", "1", *more]
         finetunes, compresses = [timed(["finetune", *both], Path(scratch))], []
         for _ in range(options.rounds):
             compresses.append(timed(ours, Path(scratch)))
