@@ -37,7 +37,10 @@ def export_float(student: Student, task: str, output: Path) -> Path:
     config = vars(model.config).pop("edgekd", None)
     try:
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch, quiet_export():
-            onnx_export_from_model(model, output=Path(scratch), task=task, opset=OPSET, do_validation=False)
+            onnx_export_from_model(
+                model, output=Path(scratch), task=task, opset=OPSET, do_validation=False,
+                **_one_token_type(model, task),
+            )  # fmt: skip
             graph = onnx.load(Path(scratch) / "model.onnx")
     except Exception as error:
         raise StageError(f"the ONNX export of {student.arch.describe()} failed: {error}") from error
@@ -48,6 +51,27 @@ def export_float(student: Student, task: str, output: Path) -> Path:
     _fix_image_size(graph, student, task)
     save_checked(graph, output)
     return output
+
+
+def _one_token_type(model: Any, task: str) -> dict[str, Any]:
+    """Options that leave token types out for a model with a single one, which needs no telling.
+
+    optimum would ask for them, and trace with made-up ones of two types.
+    """
+    from optimum.exporters.tasks import TasksManager
+
+    if getattr(model.config, "type_vocab_size", None) != 1:
+        return {}
+    usual = TasksManager.get_exporter_config_constructor(exporter="onnx", model=model, task=task)
+    if "token_type_ids" not in usual(model.config).inputs:
+        return {}
+
+    class OneType(usual.func):  # type: ignore[misc, name-defined]
+        @property
+        def inputs(self) -> dict[str, dict[int, str]]:
+            return {name: axes for name, axes in super().inputs.items() if name != "token_type_ids"}
+
+    return {"custom_onnx_configs": {"model": OneType(model.config, **usual.keywords)}}
 
 
 def _fix_image_size(graph: Any, student: Student, task: str) -> None:

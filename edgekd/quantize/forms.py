@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,15 @@ def find_ranges(graph: Path, form: str, examples: Encoded, *, observer: str = "m
     """
     if form == "int16_qdq" and observer in WEIGHING:
         observer = "minmax"
-    return find(graph, feeds_of(examples), observer, operators_to_calibrate(form))
+    return find(graph, _taken(graph, feeds_of(examples)), observer, operators_to_calibrate(form))
+
+
+def _taken(graph: Path, feeds: Sequence[Mapping[str, npt.NDArray[Any]]]) -> list[dict[str, npt.NDArray[Any]]]:
+    """What the graph takes of the feeds: tokenizers give token types to models that have none."""
+    import onnx
+
+    names = {value.name for value in onnx.load(graph, load_external_data=False).graph.input}
+    return [{name: values for name, values in feed.items() if name in names} for feed in feeds]
 
 
 def feeds_of(examples: Encoded) -> list[dict[str, npt.NDArray[Any]]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -8,12 +9,15 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from edgekd.data import Examples
 from edgekd.errors import ModelError, RecipeError, StageError
 from edgekd.export.bundle import assemble, read_manifest, seal
 from edgekd.export.lower import LOWERINGS, calibrate, keep_residuals_apart, lower, operators_to_calibrate, precision_of
 from edgekd.export.onnx import export_float, save_checked
-from edgekd.export.parity import compare, require_parity
-from edgekd.student import load_student
+from edgekd.export.parity import compare, onnx_logits, require_parity, torch_logits
+from edgekd.quantize.forms import find_ranges
+from edgekd.student import copy_processor, load_student
+from edgekd.tasks import get_task
 
 TASKS = {"Sequence": "text-classification", "Image": "image-classification"}
 
@@ -98,6 +102,29 @@ def test_images_have_their_size_in_the_graph(graphs):
     _, graph = graphs("vit")
     (value,) = onnx.load(graph).graph.input
     assert [dimension.dim_value for dimension in value.type.tensor_type.shape.dim] == [0, 1, 8, 8]
+
+
+def test_a_model_with_a_single_token_type_is_not_asked_for_it(make_model, tmp_path):
+    model = copy.deepcopy(load_student(make_model("bert"), auto_class="AutoModelForSequenceClassification").model)
+    embeddings = model.bert.embeddings
+    embeddings.token_type_embeddings = torch.nn.Embedding.from_pretrained(embeddings.token_type_embeddings.weight[:1])
+    model.config.type_vocab_size = 1
+    model.save_pretrained(tmp_path / "one")
+    copy_processor(make_model("bert"), tmp_path / "one")
+    student = load_student(tmp_path / "one", auto_class="AutoModelForSequenceClassification")
+    task = get_task("text-classification")
+    texts = Examples(columns={"text": ["word1 good", "bad word2 word3"]})
+    encoded = task.encode(task.load_processor(tmp_path / "one"), texts, None)
+    graph = export_float(student, task.name, tmp_path / "one.onnx")
+    assert {value.name for value in onnx.load(graph).graph.input} == {"input_ids", "attention_mask"}
+    assert np.abs(onnx_logits(graph, encoded) - torch_logits(student.model, encoded)).max() < 1e-5
+
+
+def test_calibration_passes_over_inputs_that_the_graph_does_not_take(graphs, make_texts):
+    """Tokenizers give token types to models that have none."""
+    _, graph = graphs("roberta")
+    typed, plain = make_texts(4), make_texts(4, typed=False)
+    assert find_ranges(graph, "int8_static", typed) == find_ranges(graph, "int8_static", plain)
 
 
 def test_exporting_leaves_the_students_config_alone(make_model, tmp_path):
