@@ -3,9 +3,9 @@
     python bench/cost.py                                          # digits, with a teacher made on the spot
     taskset -c 1 python bench/cost.py TEACHER --data DIR --speedup 12 --preset fast --name movies
 
-The teacher is finetuned once more from its own weights, with the defaults of `edgekd finetune`, before and after every
-`compress`: the ratio is that to the mean of the two. Seconds are those of the clock and of the processors (what other
-processes take is in the former alone). Options that are not this script's go to `compress`.
+The teacher is finetuned once more from its own weights, with the defaults of `edgekd finetune`, before every
+`compress`. Seconds are those of the clock and of the processors (what other processes take is in the former alone).
+Options that are not this script's go to `compress`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import digits_teacher, head, write
 
 
@@ -38,17 +37,12 @@ def main() -> int:
             options.teacher = digits_teacher(Path(scratch) / "teacher", options.data)
         both = [options.teacher, "--data", options.data]
         ours = ["compress", *both, "--speedup", options.speedup, "--preset", options.preset, "--threads", "1", *more]
-        finetunes, compresses = [timed(["finetune", *both], Path(scratch))], []
+        finetunes, compresses = list[dict[str, Any]](), list[dict[str, Any]]()
         for _ in range(options.rounds):
-            compresses.append(timed(ours, Path(scratch)))
             finetunes.append(timed(["finetune", *both], Path(scratch)))
-    ratios = {
-        clock: [
-            compress[clock] / float(np.mean([finetunes[turn][clock], finetunes[turn + 1][clock]]))
-            for turn, compress in enumerate(compresses)
-        ]
-        for clock in ("seconds", "cpu_seconds")
-    }
+            compresses.append(timed(ours, Path(scratch)))
+    pairs = list(zip(compresses, finetunes, strict=True))
+    ratios = {clock: [ours[clock] / theirs[clock] for ours, theirs in pairs] for clock in ("seconds", "cpu_seconds")}
     write(f"cost-{options.name}", {**head(), "ratio": ratios, "compress": compresses, "finetune": finetunes})
     print(json.dumps(ratios, indent=1))
     return 0
