@@ -36,6 +36,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -290,11 +291,16 @@ def make_edgekd(options: argparse.Namespace, speedup: float) -> None:
     words = [sys.executable, "-m", "edgekd", "compress", str(options.teacher), "--data", str(options.data)]
     words += [] if options.examples is None else ["--limit", str(options.examples)]
     words += ["--speedup", f"{speedup:g}", "--sequence", str(options.sequence), "--threads", "1", "--out", str(out)]
+    clock = out.with_name(f"{out.name}.json")
+    before = json.loads(clock.read_text())["seconds"] if clock.is_file() else 0.0
+    began = time.monotonic()
     try:
         run(words, options.work / f"edgekd-{speedup:g}x.log", own=True)
     except subprocess.CalledProcessError as error:
         # A budget that was missed leaves a bundle all the same.
         print(f"edgekd {speedup:g}x: {error.output}", flush=True)
+    finally:
+        clock.write_text(json.dumps({"seconds": before + time.monotonic() - began}))
 
 
 def contestants(options: argparse.Namespace, setup: Any) -> list[Contestant]:
@@ -339,12 +345,13 @@ def bundles(options: argparse.Namespace, setup: Any, folder: Path) -> Iterator[C
         manifest = read_manifest(place)
         artifact = manifest["artifact"]
         name = stem.removeprefix("edgekd-") + place.name.removeprefix("bundle") if place != folder else stem
-        ledger = manifest.get("ledger", [])
+        # The ledger is of the last round alone, and has no measurements: only a run made here has its whole time.
+        clock = folder.with_name(f"{folder.name}.json")
         facts = {
             "engine": load_target(manifest["latency"][0]["target"]).runtime,
             "fixed": bool(artifact.get("fixed")),
             "settings": {"budget": manifest.get("budget"), "form": artifact["lowering"], "shape": artifact["shape"]},
-            "seconds": sum(stage["seconds"] for stage in ledger) if ledger else None,
+            "seconds": json.loads(clock.read_text())["seconds"] if clock.is_file() else None,
             "versions": {"edgekd": manifest["edgekd"]},
         }
         inputs = inputs_of(options, setup, place)
