@@ -269,10 +269,10 @@ def test_the_teachers_layer_can_be_chosen(ctx, small):
         assert wired(student, ctx.teacher, ctx, teacher_layer=number).teacher_qkv == layers[number - 1]
     own = [tuple(student.family.qkv(layer)) for layer in student.family.layers(student.model)]
     assert wired(student, ctx.teacher, ctx, teacher_layer=1).student_qkv == own[-1]
-    for wrong in (4, 1.5):
-        message = rf"teacher_layer of loss 'minilm' is {wrong}; layers of the teacher .*: 1, 2, 3"
-        with pytest.raises(RecipeError, match=message):
-            wired(student, ctx.teacher, ctx, teacher_layer=wrong)
+    with pytest.raises(RecipeError, match="teacher_layer of loss 'minilm' is 4; layers of the teacher .*: 1, 2, 3"):
+        wired(student, ctx.teacher, ctx, teacher_layer=4)
+    with pytest.raises(RecipeError, match="teacher_layer of loss 'minilm' must be a whole number of at least 0"):
+        wired(student, ctx.teacher, ctx, teacher_layer=1.5)
 
 
 @pytest.mark.parametrize(

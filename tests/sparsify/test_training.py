@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -231,15 +232,13 @@ def test_adaptive_masks_change_and_then_stand_still(setup, ctx, monkeypatch):
 def test_the_pull_at_hidden_weights_rises_over_a_quarter_of_the_steps(setup, ctx):
     batches = sample_batches(ctx.train, 16, seed=0)
     settings = Sparsify(**SETTINGS, masks="adaptive", mask_decay=0.5)
-    plan = make_plan(settings, setup.teacher, PATTERNS["2:4"], batches)
+    student = setup.teacher.with_model(copy.deepcopy(setup.teacher.model))
+    plan = make_plan(settings, student, PATTERNS["2:4"], batches)
     masks = Masks.install(plan.modules)
-    try:
-        course = train.Course(settings=settings, plan=plan, masks=masks)
-        plan.choose(masks)
-        masks.adapt(True)
-        pulls = [max(float(pull.max()) for pull in course.decay(step, 40).values()) for step in range(40)]
-    finally:
-        masks.finish()
+    course = train.Course(settings=settings, plan=plan, masks=masks)
+    plan.choose(masks)
+    masks.adapt(True)
+    pulls = [max(float(pull.max()) for pull in course.decay(step, 40).values()) for step in range(40)]
     assert pulls[0] == 0
     assert pulls == sorted(pulls)
     assert pulls[5] == pytest.approx(pulls[10] / 2)
